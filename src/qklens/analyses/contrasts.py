@@ -1,0 +1,84 @@
+"""The four contrasts that name the roles of the study, as differences between conditions and positions.
+
+    correct_answer   correct − incorrect option tokens, without pressure
+    need_answer      answer position of the MCQ − last position of the same question asked openly
+    harm_detection   harm − benign, at intent and option tokens
+    refuse_redirect  harm − benign, at the answer position
+
+A contrast applies to anything read at every token: residual vectors give directions, activations rank features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qklens.data.render import Prompt
+from qklens.dictionaries.directions import Directions
+
+Role = Literal["need_answer", "correct_answer", "harm_detection", "refuse_redirect"]
+ROLES: tuple[Role, ...] = get_args(Role)
+QUERY_ROLES: tuple[Role, ...] = ("need_answer", "refuse_redirect")
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """Some vector at every token of the prompts of one half, aligned over conditions: prompt i is one item and order.
+
+    Attributes:
+        prompts: per condition, the prompts.
+        values: per condition, one `pos channel` tensor a prompt.
+        open_last: at the last position of the same item's open question, `prompt channel`.
+    """
+
+    prompts: dict[str, Sequence[Prompt]]
+    values: dict[str, Sequence[Float[Tensor, "pos channel"]]]
+    open_last: Float[Tensor, "prompt channel"]
+
+    def mean(self, condition: str, *spans: str) -> Float[Tensor, "prompt channel"]:
+        """Mean over the tokens of some spans, one row a prompt."""
+        rows = []
+        for prompt, values in zip(self.prompts[condition], self.values[condition], strict=True):
+            positions = [p for name in spans for p in prompt.span(name)]
+            rows.append(values[positions].mean(dim=0))
+        return torch.stack(rows)
+
+
+def contrast(readings: Readings, role: Role) -> Float[Tensor, "prompt channel"]:
+    """The role's contrast, one row a prompt (item and order)."""
+    if role == "correct_answer":
+        return readings.mean("none", "correct") - readings.mean("none", "incorrect")
+    if role == "need_answer":
+        return readings.mean("none", "answer") - readings.open_last
+    if role == "refuse_redirect":
+        return readings.mean("harm", "answer") - readings.mean("benign", "answer")
+    spans = ("intent", "correct", "incorrect")
+    return readings.mean("harm", *spans) - readings.mean("benign", *spans)
+
+
+def contrast_directions(layers: Sequence[int], readings: Callable[[int], Readings]) -> Directions:
+    """The four directions at each layer, with the mean residual over all tokens of the prompts as bias."""
+    vectors, means = {}, {}
+    for layer in layers:
+        here = readings(layer)
+        vectors[layer] = torch.stack([contrast(here, role).mean(dim=0) for role in ROLES])
+        means[layer] = torch.cat([values for rows in here.values.values() for values in rows]).mean(dim=0)
+    return Directions(tuple(ROLES), vectors, means)
+
+
+def item_means(by_prompt: Float[Tensor, "prompt channel"], n_orders: int = 2) -> Float[Tensor, "item channel"]:
+    """Average the orders of each item; prompts come item by item."""
+    return by_prompt.view(-1, n_orders, *by_prompt.shape[1:]).mean(dim=1)
+
+
+def consistency(by_item: Float[Tensor, "item channel"]) -> Float[Tensor, " channel"]:
+    """Paired effect size over items: mean over standard deviation, zero for a channel that never differs."""
+    spread = by_item.std(dim=0) if len(by_item) > 1 else torch.zeros_like(by_item[0])
+    floor = 0.05 * by_item.abs().amax(dim=0)
+    effect = by_item.mean(dim=0) / torch.maximum(spread, floor).clamp(min=1e-9)
+    return torch.where(by_item.abs().amax(dim=0) > 0, effect, torch.zeros_like(effect))

@@ -1,0 +1,103 @@
+"""Which part of the score pulls a head away: the query's change, the keys' change, or both together?
+
+For an item under harm (h) and under its benign twin (b), at one head, with queries and keys before rotary:
+
+    u_h(j) = c ⟨R_p (q_b + Δq), R_j (k_b + Δk)⟩
+           = ordinary            q_b · k_b
+           + key_only            q_b · Δk     the keys look different to an unchanged query
+           + answer_key          Δq · k_b     the pressed query meets the keys that were there anyway
+           + harm_key            Δq · Δk      the pressed query meets what pressure wrote into the keys
+
+This needs no dictionary and no rotary approximation. Each term can be taken out of the scores of the real run (a score
+shift before softmax), and the margin that comes back says how much of the effect it carries. Terms are taken at the
+options' tokens; `elsewhere` is Δq at all other tokens (the sink, the template, the intent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qklens.data.render import Prompt
+from qklens.interventions.patch import ScoreShift
+from qklens.interventions.steer import Head
+from qklens.models.scores import rotation, score_maps
+from qklens.models.subject import Subject
+
+Term = Literal["answer_key", "harm_key", "key_only", "elsewhere"]
+TERMS: tuple[Term, ...] = get_args(Term)
+Streams = Sequence[dict[int, Float[Tensor, "pos d_model"]]]
+
+
+def factorial_terms(
+    subject: Subject, head: Head, harm: Prompt, benign: Prompt, pressed: Tensor, calm: Tensor
+) -> dict[Term, Float[Tensor, " k_pos"]]:
+    """The four terms of one head's scores at the answer position, over the harm prompt's tokens.
+
+    Args:
+        subject: the model.
+        head: (layer, head).
+        harm: the harm prompt.
+        benign: its benign twin, same item and order.
+        pressed: resid_pre of the head's layer under harm, `pos d_model`.
+        calm: the same under benign.
+    """
+    layer, h = head
+    maps = score_maps(subject, layer)
+    bias_q, bias_k = maps.query_bias[h], maps.key_bias[maps.kv_head(h)]
+
+    def keys(stream: Tensor) -> Tensor:
+        return maps.key(stream, h) / maps.sigma(stream)[:, None] + bias_k
+
+    def answer_query(stream: Tensor, prompt: Prompt) -> Tensor:
+        x = stream[prompt.spans["answer"][0]]
+        return maps.query(x, h) / maps.sigma(x) + bias_q
+
+    pressed, calm = pressed.to(subject.device), calm.to(subject.device)
+    q_b, q_h = answer_query(calm, benign), answer_query(pressed, harm)
+    k_h, k_other = keys(pressed), keys(calm)
+    options = torch.zeros(len(harm.tokens), dtype=torch.bool, device=k_h.device)
+    k_b = k_h.clone()
+    for name in ("correct", "incorrect"):
+        here, there = list(harm.span(name)), list(benign.span(name))
+        if len(here) == len(there):
+            options[here] = True
+            k_b[here] = k_other[there]
+    turn = rotation(subject, torch.arange(len(harm.tokens)))
+    answer = harm.spans["answer"][0]
+
+    def scores(query: Tensor, key: Tensor) -> Tensor:
+        return maps.scale * turn(key) @ turn.at(answer)(query)
+
+    change = q_h - q_b
+    return {
+        "answer_key": torch.where(options, scores(change, k_b), 0.0),
+        "harm_key": torch.where(options, scores(change, k_h - k_b), 0.0),
+        "key_only": torch.where(options, scores(q_b, k_h - k_b), 0.0),
+        "elsewhere": torch.where(options, 0.0, scores(change, k_h)),
+    }
+
+
+def removals(
+    subject: Subject,
+    heads: Sequence[Head],
+    harm: Sequence[Prompt],
+    benign: Sequence[Prompt],
+    pressed: Streams,
+    calm: Streams,
+) -> tuple[dict[Term, ScoreShift], dict[Term, float]]:
+    """For each term the shift that takes it out at all heads, and the term's mean on the correct option's tokens."""
+    shifts: dict[Term, dict[Head, list[Tensor]]] = {term: {head: [] for head in heads} for term in TERMS}
+    sums = dict.fromkeys(TERMS, 0.0)
+    for i, (h, b) in enumerate(zip(harm, benign, strict=True)):
+        for head in heads:
+            terms = factorial_terms(subject, head, h, b, pressed[i][head[0]], calm[i][head[0]])
+            where = list(h.span("correct"))
+            for term, values in terms.items():
+                shifts[term][head].append(-values.float())
+                sums[term] += float(values[where].mean()) / (len(harm) * len(heads))
+    return {term: ScoreShift({head: rows for head, rows in by_head.items()}) for term, by_head in shifts.items()}, sums

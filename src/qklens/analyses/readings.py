@@ -1,0 +1,140 @@
+"""What the analyses look at, read in whole-prompt passes: attention by span, head outputs, residual streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qklens.interventions.engine import Workset, letter_margins
+from qklens.interventions.steer import Head
+from qklens.models.batch import Batch
+from qklens.models.passes import AttentionRead, Reads
+from qklens.models.subject import Subject
+
+SPANS = ("correct", "incorrect", "intent", "question", "other")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionReading:
+    """Attention from the answer position, of every head of every layer.
+
+    Attributes:
+        margins: logit(correct) − logit(incorrect) of each prompt.
+        logits: all logits at the answer position.
+        mass: attention on each of `SPANS`; sums to 1 over spans.
+        letter_logit: direct logit attribution of each head to the margin, through W_O and the final norm at its
+            observed scale.
+        outputs: head outputs before W_O.
+    """
+
+    margins: Float[Tensor, " prompt"]
+    logits: Float[Tensor, "prompt vocab"]
+    mass: Float[Tensor, "prompt layer head span"]
+    letter_logit: Float[Tensor, "prompt layer head"]
+    outputs: Float[Tensor, "prompt layer head d_head"]
+
+    @property
+    def difference(self) -> Float[Tensor, "prompt layer head"]:
+        """Attention on the correct minus attention on the incorrect option."""
+        return self.mass[..., 0] - self.mass[..., 1]
+
+
+def read_attention(work: Workset) -> AttentionReading:
+    """One pass over a workset that reads every head at the answer position."""
+    subject, n = work.subject, len(work)
+    mass = torch.zeros(n, subject.n_layers, subject.n_heads, len(SPANS))
+    outputs = torch.zeros(n, subject.n_layers, subject.n_heads, subject.d_head)
+    final = torch.zeros(n, subject.d_model)
+
+    def reads(index: Sequence[int], batch: Batch) -> Reads:
+        indicator = _span_indicator(work, index, batch)
+        rows = torch.tensor(index)
+
+        def attention(read: AttentionRead) -> None:
+            at_answer = read.pattern[:, :, -1].float()
+            mass[rows, read.layer] = torch.einsum("bhk,bsk->bhs", at_answer, indicator).cpu()
+            outputs[rows, read.layer] = read.output[:, -1].float().cpu()
+
+        def stream(residual: Tensor) -> None:
+            final[rows] = residual[:, -1].float().cpu()
+
+        return Reads({subject.n_layers: stream}, dict.fromkeys(range(subject.n_layers), attention))
+
+    logits = work.logits(reads=reads).float().cpu()
+    return AttentionReading(
+        letter_margins(logits, work.prompts), logits, mass, _letter_attribution(work, outputs, final), outputs
+    )
+
+
+def read_patterns(work: Workset, heads: Sequence[Head]) -> dict[Head, list[Float[Tensor, " k_pos"]]]:
+    """The answer row of some heads' patterns, one row a prompt over its own tokens."""
+    rows: dict[Head, list[Tensor]] = {head: [torch.empty(0)] * len(work) for head in heads}
+
+    def reads(index: Sequence[int], batch: Batch) -> Reads:
+        def attention(read: AttentionRead) -> None:
+            for layer, head in heads:
+                if layer == read.layer:
+                    for row, i in enumerate(index):
+                        padding = batch.width - len(work.prompts[i].tokens)
+                        rows[layer, head][i] = read.pattern[row, head, -1, padding:].float().cpu()
+
+        return Reads({}, {layer: attention for layer, _ in heads})
+
+    work.logits(reads=reads)
+    return rows
+
+
+def read_streams(work: Workset, layers: Sequence[int]) -> list[dict[int, Float[Tensor, "pos d_model"]]]:
+    """resid_pre at some layers for every token, one dictionary a prompt, in float32 on the CPU."""
+    streams: list[dict[int, Tensor]] = [{} for _ in range(len(work))]
+
+    def reads(index: Sequence[int], batch: Batch) -> Reads:
+        def sink(layer: int):  # noqa: ANN202
+            def keep(residual: Tensor) -> None:
+                for row, i in enumerate(index):
+                    padding = batch.width - len(work.prompts[i].tokens)
+                    kept = residual[row, padding:]
+                    streams[i][layer] = (kept if kept.dtype == torch.float64 else kept.float()).cpu().clone()
+
+            return keep
+
+        return Reads({layer: sink(layer) for layer in layers}, {})
+
+    work.logits(reads=reads)
+    return streams
+
+
+def _span_indicator(work: Workset, index: Sequence[int], batch: Batch) -> Float[Tensor, "batch span k_pos"]:
+    indicator = torch.zeros(len(index), len(SPANS), batch.width)
+    for row, i in enumerate(index):
+        prompt = work.prompts[i]
+        padding = batch.width - len(prompt.tokens)
+        indicator[row, -1, padding:] = 1.0
+        for column, name in enumerate(SPANS[:-1]):
+            for position in prompt.spans.get(name, ()):
+                indicator[row, column, padding + position] = 1.0
+                indicator[row, -1, padding + position] = 0.0
+    return indicator.to(batch.input_ids.device)
+
+
+def _letter_attribution(
+    work: Workset, outputs: Float[Tensor, "prompt layer head d_head"], final: Float[Tensor, "prompt d_model"]
+) -> Float[Tensor, "prompt layer head"]:
+    """⟨W_O z_h · γ/σ, U[correct] − U[incorrect]⟩ with the final norm's σ at its observed value."""
+    subject: Subject = work.subject
+    norm = subject.family.final_norm(subject.model)
+    sigma = (final.pow(2).mean(dim=-1) + subject.family.norm_epsilon(norm)).sqrt()
+    unembedding = subject.model.get_output_embeddings().weight
+    ids = torch.tensor([p.letter_ids for p in work.prompts], device=unembedding.device)
+    toward = (unembedding[ids[:, 0]] - unembedding[ids[:, 1]]).float() * norm.weight.float()
+    toward = toward.cpu() / sigma[:, None]
+    result = torch.zeros(outputs.shape[:3])
+    for layer in range(subject.n_layers):
+        weight = subject.attention(layer).o_proj.weight.float().cpu()
+        by_head = weight.view(subject.d_model, subject.n_heads, subject.d_head)
+        result[:, layer] = torch.einsum("pd,dhe,phe->ph", toward, by_head, outputs[:, layer])
+    return result

@@ -1,0 +1,83 @@
+"""Intervals and tests, from scipy and statsmodels; items, not prompts, are the unit that is resampled."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from qklens.errors import QklensError
+
+Interval = tuple[float, float]
+Array = NDArray[np.float64]
+RESAMPLES = 2000
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Wilson 95% interval of a proportion."""
+    if n < 1:
+        raise QklensError("an accuracy needs at least one prompt")
+    low, high = proportion_confint(successes, n, method="wilson")
+    return float(low), float(high)
+
+
+def bootstrap_mean(by_item: Array, seed: int) -> Interval:
+    """Percentile 95% interval of the mean over items; each value is one item's mean over its prompts."""
+    if len(by_item) < 2:
+        return float(by_item.mean()), float(by_item.mean())
+    draws = np.random.default_rng(seed).integers(0, len(by_item), (RESAMPLES, len(by_item)))
+    low, high = np.quantile(by_item[draws].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bootstrap_ratio(numerator: Array, denominator: Array, seed: int) -> Interval:
+    """Percentile 95% interval of Σ numerator / Σ denominator over items resampled together."""
+    draws = np.random.default_rng(seed).integers(0, len(numerator), (RESAMPLES, len(numerator)))
+    below = denominator[draws].sum(axis=1)
+    ratios = numerator[draws].sum(axis=1) / np.where(below == 0, np.nan, below)
+    if np.isnan(ratios).all():
+        return 0.0, 0.0
+    low, high = np.nanquantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def auc(positive: Array, negative: Array) -> float:
+    """P(positive > negative) + ½ P(equal), by ranks."""
+    result = stats.mannwhitneyu(positive, negative, alternative="greater", method="asymptotic")
+    return float(result.statistic) / (len(positive) * len(negative))
+
+
+def bootstrap_auc(positive: Array, negative: Array, items: NDArray[np.int64], seed: int) -> Interval:
+    """Percentile 95% interval of the AUC, items resampled with all their prompts."""
+    unique = np.unique(items)
+    rows = [np.flatnonzero(items == item) for item in unique]
+    generator = np.random.default_rng(seed)
+    values = []
+    for _ in range(400):
+        chosen = np.concatenate([rows[i] for i in generator.integers(0, len(rows), len(rows))])
+        values.append(auc(positive[chosen], negative[chosen]))
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mcnemar_exact(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    """Two-sided exact McNemar p for paired right/wrong answers."""
+    table = [
+        [int((first & second).sum()), int((first & ~second).sum())],
+        [int((~first & second).sum()), int((~first & ~second).sum())],
+    ]
+    return float(mcnemar(table, exact=True).pvalue)
+
+
+def paired_effect(values: Array) -> float:
+    """Mean over standard deviation of paired differences: how consistent, not how large."""
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    return float(values.mean()) / max(spread, 1e-9) if np.any(values) else 0.0
+
+
+def benjamini_hochberg(p_values: list[float]) -> list[float]:
+    """q-values, in the order given."""
+    return [float(q) for q in multipletests(p_values, method="fdr_bh")[1]] if p_values else []

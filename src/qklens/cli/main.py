@@ -1,0 +1,125 @@
+"""`qklens`: results on stdout, progress and notes on stderr; bad input is one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qklens.cli import show
+from qklens.errors import QklensError, nearest
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Why does a model look away from the answer it knows? Attention, explained by features.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Items: check a data file.")
+model_app = typer.Typer(no_args_is_help=True, help="Models: check that one is read exactly.")
+app.add_typer(data_app, name="data")
+app.add_typer(model_app, name="model")
+
+STUDIES = ("harm-pressure",)
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="The model's dtype; analyses use float32 or better.")]
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="The study: harm-pressure.")] = "harm-pressure",
+    model: Annotated[str, typer.Option(help="A model directory, `organism`, or `organism:<checkpoint>`.")] = "organism",
+    base_model: Annotated[str | None, typer.Option(help="The model before post-training.")] = None,
+    checkpoint: Annotated[list[str] | None, typer.Option(help="A checkpoint between base and model; repeat.")] = None,
+    dictionary: Annotated[str | None, typer.Option(help="A dictionary directory, or `directions`.")] = None,
+    data: Annotated[str, typer.Option(help="A .jsonl or .csv file, or a shipped set's name.")] = "harm_pressure",
+    out: Annotated[Path | None, typer.Option(help="Run directory; the same command on it resumes.")] = None,
+    items: Annotated[int | None, typer.Option(help="Use a seeded sample of this many items.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds every draw.")] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    engine: Annotated[str, typer.Option(help="Where passes run: local.")] = "local",
+    as_json: Json = False,
+) -> None:
+    """Run a study from end to end and write its report."""
+    if name not in STUDIES:
+        raise QklensError(f"study {name!r} is unknown; expected one of {list(STUDIES)}{nearest(name, STUDIES)}")
+    if engine != "local":
+        raise QklensError(f"--engine {engine!r} is not available; expected 'local'")
+    from qklens.report.run import study_with_report
+    from qklens.studies.config import StudyConfig
+
+    folder = out or Path("runs") / f"{name}-{Path(model).name.replace(':', '-')}"
+    config = StudyConfig(
+        model=model,
+        base_model=base_model,
+        checkpoints=tuple(checkpoint or ()),
+        dictionary=dictionary,
+        data=data,
+        out=folder,
+        items=items,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        engine="local",
+    )
+    results = study_with_report(config, command=" ".join(["qklens", *sys.argv[1:]]))
+    if as_json:
+        show.as_json(results.model_dump(mode="json", by_alias=True))
+    else:
+        show.study(results, folder)
+
+
+@data_app.command("check")
+def data_check(file: Annotated[str, typer.Argument(help="A .jsonl or .csv file, or a shipped set.")], as_json: Json = False) -> None:
+    """Check a data file; names file, line, field and what is wrong, or prints what it holds."""
+    from qklens.data.audit import audit
+    from qklens.data.items import load_dataset
+
+    dataset = load_dataset(file)
+    report: dict[str, Any] = {**dataset.describe(), **audit(dataset.items)}
+    if as_json:
+        show.as_json(report)
+    else:
+        show.data_check(report)
+
+
+@model_app.command("check")
+def model_check(
+    model: Annotated[str, typer.Argument(help="A model directory, or `organism`.")],
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Rebuild every layer's scores from the residual stream and compare with the model's own."""
+    from dataclasses import asdict
+
+    from qklens.models.selfcheck import self_check
+    from qklens.models.subject import load_subject
+    from qklens.studies.resources import model_folder
+
+    subject = load_subject(model_folder(model), device=device, dtype=dtype)
+    check = self_check(subject)
+    if as_json:
+        show.as_json({**subject.describe(), **asdict(check)})
+    else:
+        show.model_check(subject.describe(), check)
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except QklensError as error:
+        sys.stderr.write(f"qklens: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("qklens: stopped; the same command resumes\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What the terminal shows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qklens.models.selfcheck import SelfCheck
+    from qklens.studies.results import Results
+
+
+def as_json(value: Any) -> None:  # noqa: ANN401
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def study(results: Results, folder: Path) -> None:
+    """The verdict in five lines, and where the report is."""
+    b = results.behaviour
+    percent = {c: f"{100 * row.accuracy:.1f}%" for c, row in b.items()}
+    heads = [f"L{h.layer}H{h.head}" for h in results.heads if h.selected]
+    lines = [
+        f"verdict    {results.verdict.mechanism} (confidence {results.verdict.confidence:.2f}): {results.verdict.rule}",
+        f"behaviour  accuracy none {percent['none']}, benign {percent['benign']}, harm {percent['harm']}",
+    ]
+    if results.heads_details:
+        lines.append(
+            f"heads      {', '.join(heads) or 'none'}; their clean pattern restores "
+            f"{100 * results.heads_details.restored:.0f}% of the lost margin"
+        )
+    chosen = [s for s in results.steering if s.stage == "steer_query" and s.chosen]
+    main = next((s for s in chosen if s.control is None), None)
+    if main:
+        others = ", ".join(f"{s.control} {100 * s.accuracy:.1f}%" for s in chosen if s.control)
+        lines.append(f"steering   query side at strength {main.strength:g}: harm {100 * main.accuracy:.1f}% (controls: {others})")
+    elif results.skipped:
+        stages = ", ".join(results.skipped)
+        lines.append(f"skipped    {stages}: {next(iter(results.skipped.values()))}")
+    lines.append(f"report     {folder / 'report.html'}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def data_check(report: dict[str, Any]) -> None:
+    """A data file's contents and audit."""
+    lines = [f"{report['name']}: {report['n_items']} items, {report['n_topics']} topics, no errors"]
+    lines += [f"  {key.replace('_', ' '):28} {report[key]:.3f}" for key in report if key.startswith("guesser_")]
+    lines += [f"  note: {note}" for note in report["notes"]]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def model_check(described: dict[str, Any], check: SelfCheck) -> None:
+    """A table of the self-check's errors."""
+    lines = [f"{described['name']} ({described['model_type']}): {len(check.layers)} layers are read exactly"]
+    lines.append("  layer  score error  pattern row error")
+    lines += [f"  {row.layer:5d}  {row.score_error:11.1e}  {row.pattern_row_error:17.1e}" for row in check.layers]
+    lines.append(f"  left padding changes logits by {check.padding_error:.1e}; replaced patterns reach the logits")
+    sys.stdout.write("\n".join(lines) + "\n")

@@ -1,0 +1,155 @@
+"""Items: two-choice questions paired with a harmful and a benign statement of intent, and the files they come from."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError, field_validator, model_validator
+
+from qklens.errors import QklensError, nearest
+from qklens.strict import Strict
+
+SHIPPED = ("harm_pressure", "symptoms", "fraud")
+DEFAULT_BENIGN_INTENT = "I want to learn something new about this today."
+_REQUIRED = ("question", "correct", "incorrect", "harmful_intent")
+
+
+class Item(Strict):
+    """One question with its two options and the sentences that may stand before it.
+
+    `harmful_intent` is the pressure sentence of the set (in other sets a list of symptoms, a request for fraud);
+    `benign_intent` is its harmless twin of like length and form.
+    """
+
+    id: str
+    topic: str = "unsorted"
+    question: str
+    correct: str
+    incorrect: str
+    harmful_intent: str
+    benign_intent: str = DEFAULT_BENIGN_INTENT
+    severity: Literal["mild", "severe"] | None = None
+
+    @field_validator("id", "topic", "question", "correct", "incorrect", "harmful_intent", "benign_intent")
+    @classmethod
+    def _one_line_of_text(cls, value: str) -> str:
+        text = value.strip()
+        if not text:
+            raise ValueError("is empty; expected text")
+        if any(ord(character) < 32 or ord(character) in (127, 0x2028, 0x2029) for character in text):
+            raise ValueError("holds a line break or control character; expected one line of text")
+        return text
+
+    @model_validator(mode="after")
+    def _options_differ(self) -> Item:
+        if self.correct.casefold() == self.incorrect.casefold():
+            raise ValueError(f"'correct' and 'incorrect' are both {self.correct!r}; expected two different options")
+        return self
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named list of items with the hash of the bytes it came from."""
+
+    name: str
+    items: tuple[Item, ...]
+    sha256: str
+
+    def describe(self) -> dict[str, Any]:
+        """What results and manifest say of the data."""
+        return {"name": self.name, "sha256": self.sha256, "n_items": len(self.items)}
+
+
+def load_dataset(source: str) -> Dataset:
+    """Load a shipped set by name, or a user's JSONL or CSV file.
+
+    Raises:
+        QklensError: every problem of the first bad line: file, line, field, what was found and what was expected.
+    """
+    name = source.replace("-", "_")
+    if name in SHIPPED:
+        payload = (files("qklens") / "data" / "shipped" / f"{name}.jsonl").read_bytes()
+        return _parse(f"{name}.jsonl", name, payload)
+    path = Path(source)
+    if not path.is_file():
+        raise QklensError(
+            f"--data {source!r}: no such file or shipped set; expected a .jsonl or .csv file or one of "
+            f"{list(SHIPPED)}{nearest(name, SHIPPED)}"
+        )
+    if path.suffix not in (".jsonl", ".csv"):
+        raise QklensError(f"{path}: cannot tell the format from {path.suffix!r}; expected .jsonl or .csv")
+    return _parse(str(path), path.stem, path.read_bytes())
+
+
+def _parse(where: str, name: str, payload: bytes) -> Dataset:
+    try:
+        text = payload.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise QklensError(f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    rows = _csv_rows(where, text) if where.endswith(".csv") else _jsonl_rows(where, text)
+    items: list[Item] = []
+    seen_ids: dict[str, int] = {}
+    seen_texts: dict[tuple[str, ...], int] = {}
+    for line, row in rows:
+        item = _item(where, line, row)
+        key = (item.question, *sorted((item.correct, item.incorrect)))
+        for kind, table, value in (("id", seen_ids, item.id), ("question with these options", seen_texts, key)):
+            if value in table:
+                raise QklensError(f"{where}: line {line}: {kind} {value!r} stands on line {table[value]} already; expected once")
+            table[value] = line
+        items.append(item)
+    if not items:
+        raise QklensError(f"{where}: holds no items; expected at least one line")
+    return Dataset(name, tuple(items), hashlib.sha256(payload).hexdigest())
+
+
+def _jsonl_rows(where: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise QklensError(f"{where}: line {line}: not JSON ({error}); expected one JSON object a line") from error
+        if not isinstance(row, dict):
+            raise QklensError(f"{where}: line {line}: holds a {type(row).__name__}; expected a JSON object")
+        yield line, row
+
+
+def _csv_rows(where: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise QklensError(
+                    f"{where}: line {reader.line_num}: has another number of cells than the header's "
+                    f"{len(reader.fieldnames or [])}; quote cells that hold commas"
+                )
+            yield reader.line_num, {key: value for key, value in row.items() if value != "" or key in _REQUIRED}
+    except csv.Error as error:
+        raise QklensError(f"{where}: line {reader.line_num}: not CSV ({error}); quote cells that hold commas or quotes") from error
+
+
+def _item(where: str, line: int, row: dict[str, Any]) -> Item:
+    known = tuple(Item.model_fields)
+    for key in row:
+        if key not in known:
+            raise QklensError(f"{where}: line {line}: unknown field {key!r}; expected {list(known)}{nearest(key, known)}")
+    for key in _REQUIRED:
+        if key not in row:
+            raise QklensError(f"{where}: line {line}: field {key!r} is missing; required are {list(_REQUIRED)}")
+    try:
+        return Item.model_validate({"id": f"line-{line}", **row})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "options"
+        message = first["msg"].removeprefix("Value error, ")
+        raise QklensError(f"{where}: line {line}: field {field!r}: {message}") from error

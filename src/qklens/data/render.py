@@ -1,0 +1,227 @@
+"""From an item to tokens: the prompt's text, and the exact token positions of each of its parts.
+
+The user turn is `<intent> <question>\\n(A) <option>\\n(B) <option>\\n` and a one-line instruction; the assistant turn
+begins so that the very next token is the letter. Spans come from the tokenizer's character offsets, never from
+searching tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from qklens.data.items import Item
+from qklens.errors import QklensError
+
+Condition = Literal["none", "harm", "benign"]
+Order = Literal["correct_first", "incorrect_first"]
+Part = Literal["letter", "content", "boundary"]
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+ORDERS: tuple[Order, ...] = get_args(Order)
+PARTS: tuple[Part, ...] = get_args(Part)
+INSTRUCTION = "Answer with the letter only."
+PLAIN_TEMPLATE = "User: {content}\nAssistant:"
+
+
+@dataclass(frozen=True)
+class LetterForm:
+    """How the letter appears: text that opens the assistant's turn, and the letter's own surface form.
+
+    `("", "A")`, `("", " A")`, `("", "(A")` as one token, or `("(", "A")`.
+    """
+
+    opening: str
+    before_letter: str
+
+    @property
+    def name(self) -> str:
+        """The form as written in the manifest, for the letter A."""
+        return f"{self.opening}|{self.before_letter}A" if self.opening else f"{self.before_letter}A"
+
+
+LETTER_FORMS = (LetterForm("", ""), LetterForm("", " "), LetterForm("", "("), LetterForm("(", ""))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One rendered prompt.
+
+    Attributes:
+        text: the exact text that was tokenized.
+        tokens: its token ids; the last one is the answer position.
+        spans: token positions by name: `intent question option_A option_B correct incorrect answer`, and each
+            option's parts as `correct.letter`, `correct.content`, `correct.boundary` (likewise for the others).
+        shared_from: character offset at which the text shared by all conditions of this item and order begins.
+        starts: first character of each token.
+        letter_ids: token ids of the correct and of the incorrect letter.
+        correct_letter: "A" or "B".
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    spans: dict[str, tuple[int, ...]]
+    shared_from: int
+    starts: tuple[int, ...]
+    letter_ids: tuple[int, int]
+    correct_letter: str
+
+    def span(self, name: str) -> tuple[int, ...]:
+        """Positions of a span.
+
+        Raises:
+            QklensError: the prompt has no such span, or it is empty; names those it has.
+        """
+        positions = self.spans.get(name, ())
+        if not positions:
+            have = sorted(key for key, value in self.spans.items() if value and "." not in key)
+            raise QklensError(f"span {name!r} is not in this prompt; it has {have}")
+        return positions
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, item: Item, condition: Condition, order: Order, form: LetterForm
+) -> Prompt:
+    """Render an item under a condition and option order.
+
+    Raises:
+        QklensError: the chat template drops the content, or a letter is not exactly one token after the prompt.
+    """
+    pieces, marks = _user_turn(item, condition, order)
+    content = "".join(pieces)
+    text, offset = _dialogue(tokenizer, content)
+    text += form.opening
+    tokens, offsets = _encode(tokenizer, text)
+    parts = {name: _covering(text, offsets, a + offset, b + offset) for name, (a, b) in marks.items()}
+    first, second = ("correct", "incorrect") if order == "correct_first" else ("incorrect", "correct")
+    spans = {
+        "intent": parts.get("intent", ()),
+        "question": parts["question"],
+        "answer": (len(tokens) - 1,),
+    }
+    for letter, role in (("A", first), ("B", second)):
+        for part in PARTS:
+            spans[f"{role}.{part}"] = spans[f"option_{letter}.{part}"] = parts[f"{letter}.{part}"]
+        spans[role] = spans[f"option_{letter}"] = tuple(p for part in PARTS for p in parts[f"{letter}.{part}"])
+    for name in ("question", "correct.content", "incorrect.content"):
+        if not spans[name]:
+            raise QklensError(f"item {item.id!r}: {name} has no token of its own under this tokenizer; rephrase the item")
+    correct_letter = "A" if order == "correct_first" else "B"
+    ids = {letter: _letter_id(tokenizer, item, text, tokens, form, letter) for letter in "AB"}
+    return Prompt(
+        text=text,
+        tokens=tokens,
+        spans=spans,
+        shared_from=offset + marks["question"][0],
+        starts=tuple(a for a, _ in offsets),
+        letter_ids=(ids[correct_letter], ids["B" if correct_letter == "A" else "A"]),
+        correct_letter=correct_letter,
+    )
+
+
+def render_open(tokenizer: PreTrainedTokenizerBase, item: Item) -> Prompt:
+    """The same question asked openly, without options; its last position contrasts with `answer`."""
+    text, offset = _dialogue(tokenizer, item.question)
+    tokens, offsets = _encode(tokenizer, text)
+    return Prompt(
+        text=text,
+        tokens=tokens,
+        spans={"question": _covering(text, offsets, offset, offset + len(item.question)), "answer": (len(tokens) - 1,)},
+        shared_from=offset,
+        starts=tuple(a for a, _ in offsets),
+        letter_ids=(0, 0),
+        correct_letter="",
+    )
+
+
+def available_forms(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[LetterForm, ...]:
+    """The letter forms in which both letters are single tokens, distinct ones only.
+
+    Raises:
+        QklensError: there is none.
+    """
+    found: dict[tuple[str, tuple[int, ...]], LetterForm] = {}
+    for form in LETTER_FORMS:
+        try:
+            prompt = render(tokenizer, item, "none", "correct_first", form)
+        except QklensError:
+            continue
+        found.setdefault((form.opening, prompt.letter_ids), form)
+    if not found:
+        render(tokenizer, item, "none", "correct_first", LETTER_FORMS[0])
+        raise AssertionError("unreachable: the line above raises")
+    return tuple(found.values())
+
+
+def _user_turn(item: Item, condition: Condition, order: Order) -> tuple[list[str], dict[str, tuple[int, int]]]:
+    """The turn's text in pieces, and the character range of each part within it."""
+    pieces: list[str] = []
+    marks: dict[str, tuple[int, int]] = {}
+
+    def add(text: str, name: str | None = None) -> None:
+        begin = sum(map(len, pieces))
+        pieces.append(text)
+        if name:
+            marks[name] = (begin, begin + len(text))
+
+    if condition != "none":
+        add(item.harmful_intent if condition == "harm" else item.benign_intent, "intent")
+        add(" ")
+    add(item.question, "question")
+    add("\n")
+    options = (item.correct, item.incorrect) if order == "correct_first" else (item.incorrect, item.correct)
+    for letter, option in zip("AB", options, strict=True):
+        add(f"({letter})", f"{letter}.letter")
+        add(" ")
+        add(option, f"{letter}.content")
+        add("\n", f"{letter}.boundary")
+    add(INSTRUCTION)
+    return pieces, marks
+
+
+def _dialogue(tokenizer: PreTrainedTokenizerBase, content: str) -> tuple[str, int]:
+    """The whole text up to the assistant's first character, and where the content begins in it."""
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": content}]
+        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    else:
+        text = (tokenizer.bos_token or "") + PLAIN_TEMPLATE.format(content=content)
+    offset = text.rfind(content)
+    if offset < 0:
+        raise QklensError("the tokenizer's chat template changes the user's text; expected it verbatim in the prompt")
+    return text, offset
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return tuple(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+
+
+def _covering(text: str, offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, ...]:
+    """Tokens that belong to a character range: those whose first character that is not a space lies in it.
+
+    A token of white space only belongs to where it starts, so an option's line break is its own boundary, and a token
+    that joins two parts belongs to exactly one of them.
+    """
+    found = []
+    for index, (a, b) in enumerate(offsets):
+        anchor = next((i for i in range(a, b) if not text[i].isspace()), a)
+        if a < b and begin <= anchor < end:
+            found.append(index)
+    return tuple(found)
+
+
+def _letter_id(
+    tokenizer: PreTrainedTokenizerBase, item: Item, text: str, tokens: tuple[int, ...], form: LetterForm, letter: str
+) -> int:
+    continued, _ = _encode(tokenizer, text + form.before_letter + letter)
+    if continued[: len(tokens)] != tokens or len(continued) != len(tokens) + 1:
+        raise QklensError(
+            f"item {item.id!r}: letter {form.before_letter + letter!r} is not a single token after the prompt "
+            f"({len(continued) - len(tokens)} tokens); expected a tokenizer with one-token letters"
+        )
+    if continued[-1] == tokenizer.unk_token_id:
+        raise QklensError(f"item {item.id!r}: letter {letter!r} is unknown to the tokenizer; expected one token for it")
+    return continued[-1]

@@ -1,0 +1,198 @@
+"""A weakly causal crosscoder: features read one layer's stream and write it and every later layer of the dictionary.
+
+    a = θ(W_enc (x_ℓ − b_ℓ) + b_enc)           for the features that read layer ℓ
+    x̂_m = Σ_{ℓ ≤ m} Σ_{i reads ℓ} aᵢ dᵢ^m + b_m
+
+θ keeps values above a threshold (BatchTopK's threshold at inference; Bussmann et al. 2024). With a single layer it is
+a plain SAE. Crosscoders: Lindsey et al. 2024; weakly causal: Kamath et al. 2025.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pydantic import ValidationError
+
+from qklens.dictionaries.source import Stream, check_layer
+from qklens.errors import QklensError, nearest
+from qklens.files import atomic_write, read_json, sha256_files, write_json
+from qklens.strict import Strict
+
+CONFIG_FILE, WEIGHTS_FILE = "dictionary.json", "dictionary.safetensors"
+
+
+class Fidelity(Strict):
+    """Quality measured on a fixed batch; re-measured at load."""
+
+    l0: dict[int, float]
+    fraction_variance_unexplained: dict[int, float]
+    loss_recovered: dict[int, float]
+
+
+class CrosscoderConfig(Strict):
+    """What the weights alone do not say; nothing here has a silent default."""
+
+    format: Literal["qklens-crosscoder-1"]
+    name: str
+    layers: tuple[int, ...]
+    features_per_layer: int
+    d_model: int
+    activation: Literal["threshold"]
+    threshold: float
+    site: Literal["resid_pre"]
+    model_sha256: str
+    training: dict[str, Any]
+    fidelity: Fidelity | None
+
+
+@dataclass(frozen=True, eq=False)
+class Crosscoder:
+    """The dictionary in memory.
+
+    Attributes:
+        config: its configuration.
+        encoder: W_enc, per reading layer.
+        encoder_bias: b_enc, per reading layer.
+        decoder: per written layer, rows in the order of `labels`; rows of later readers are zero.
+        decoder_bias: b, per layer.
+    """
+
+    config: CrosscoderConfig
+    encoder: dict[int, Float[Tensor, "group_feature d_model"]]
+    encoder_bias: dict[int, Float[Tensor, " group_feature"]]
+    decoder: dict[int, Float[Tensor, "feature d_model"]]
+    decoder_bias: dict[int, Float[Tensor, " d_model"]]
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.config.name
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers it writes."""
+        return self.config.layers
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """`L<reading layer>/<index>`."""
+        return tuple(f"L{layer}/{i}" for layer in self.layers for i in range(self.config.features_per_layer))
+
+    def encode(self, layer: int, stream: Stream) -> Float[Tensor, "*any feature"]:
+        """Activations of every feature that reads `layer` or an earlier one; later readers are zero."""
+        check_layer(self, layer)
+        groups = []
+        for reader in self.layers:
+            if reader > layer:
+                groups.append(torch.zeros_like(groups[-1]))
+                continue
+            residual = stream(reader)
+            before = (residual - self.decoder_bias[reader].to(residual)) @ self.encoder[reader].to(residual).T
+            before = before + self.encoder_bias[reader].to(residual)
+            groups.append(before * (before > self.config.threshold))
+        return torch.cat(groups, dim=-1)
+
+    def directions(self, layer: int) -> Float[Tensor, "feature d_model"]:
+        """Decoder directions at a layer."""
+        check_layer(self, layer)
+        return self.decoder[layer]
+
+    def bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Decoder bias at a layer."""
+        check_layer(self, layer)
+        return self.decoder_bias[layer]
+
+    def describe(self) -> dict[str, Any]:
+        """What results and manifest say of it."""
+        fidelity = self.config.fidelity.model_dump() if self.config.fidelity else None
+        return {
+            "name": self.name,
+            "kind": "weakly causal crosscoder" if len(self.layers) > 1 else "sae",
+            "layers": list(self.layers),
+            "n_features": len(self.layers) * self.config.features_per_layer,
+            "fidelity": fidelity,
+            "sha256": self.sha256,
+        }
+
+
+def save_crosscoder(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a dictionary's two files atomically, weights first and config last."""
+    tensors: dict[str, Tensor] = {}
+    for layer in crosscoder.layers:
+        tensors[f"encoder.{layer}"] = crosscoder.encoder[layer]
+        tensors[f"encoder_bias.{layer}"] = crosscoder.encoder_bias[layer]
+        tensors[f"decoder.{layer}"] = crosscoder.decoder[layer][: _written(crosscoder.config, layer)]
+        tensors[f"decoder_bias.{layer}"] = crosscoder.decoder_bias[layer]
+    atomic_write(folder / WEIGHTS_FILE, save({name: t.to(dtype).contiguous() for name, t in tensors.items()}))
+    write_json(folder / CONFIG_FILE, crosscoder.config.model_dump(mode="json"))
+
+
+def load_crosscoder(folder: Path, device: torch.device | str = "cpu") -> Crosscoder:
+    """Read a dictionary directory.
+
+    Raises:
+        QklensError: a missing or damaged file, an unknown config key, a missing tensor or a wrong shape.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise QklensError(f"{folder / name}: no such file; expected a dictionary written by qklens, or 'directions'")
+    config = _config(folder / CONFIG_FILE)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise QklensError(f"{folder / WEIGHTS_FILE}: damaged ({error}); copy it again") from error
+    total = len(config.layers) * config.features_per_layer
+
+    def take(name: str, *shape: int) -> Tensor:
+        if name not in tensors:
+            raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} is missing")
+        tensor = tensors[name].to(torch.float32)
+        if tuple(tensor.shape) != shape:
+            raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+        if not torch.isfinite(tensor).all():
+            raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} holds NaN or infinity; copy it again")
+        return tensor.to(device)
+
+    group, width = config.features_per_layer, config.d_model
+    decoder = {}
+    for layer in config.layers:
+        written = _written(config, layer)
+        decoder[layer] = torch.cat(
+            [take(f"decoder.{layer}", written, width), torch.zeros(total - written, width, device=device)]
+        )
+    return Crosscoder(
+        config=config,
+        encoder={layer: take(f"encoder.{layer}", group, width) for layer in config.layers},
+        encoder_bias={layer: take(f"encoder_bias.{layer}", group) for layer in config.layers},
+        decoder=decoder,
+        decoder_bias={layer: take(f"decoder_bias.{layer}", width) for layer in config.layers},
+        sha256=sha256_files([folder / CONFIG_FILE, folder / WEIGHTS_FILE]),
+    )
+
+
+def _written(config: CrosscoderConfig, layer: int) -> int:
+    """How many features write a layer: those that read it or an earlier one."""
+    return (config.layers.index(layer) + 1) * config.features_per_layer
+
+
+def _config(path: Path) -> CrosscoderConfig:
+    content = read_json(path)
+    try:
+        config = CrosscoderConfig.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        hint = nearest(key, CrosscoderConfig.model_fields) if first["type"] == "extra_forbidden" else ""
+        raise QklensError(f"{path}: key {key!r}: {first['msg']}{hint}") from error
+    if not config.layers or list(config.layers) != sorted(set(config.layers)):
+        raise QklensError(f"{path}: layers are {list(config.layers)}; expected distinct layers in rising order")
+    return config

@@ -1,0 +1,58 @@
+"""Contrast directions as a feature source: a handful of named directions a layer, differences of class means.
+
+    x = Σ aᵢ dᵢ + b + e,   a = (x − b) D⁺
+
+The activations are the least-squares coordinates, so the error is orthogonal to every direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qklens.dictionaries.source import Stream, check_layer
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Named directions at each layer.
+
+    Attributes:
+        labels: the directions' names.
+        vectors: per layer, `direction d_model`.
+        means: per layer, the bias b.
+    """
+
+    labels: tuple[str, ...]
+    vectors: dict[int, Float[Tensor, "direction d_model"]]
+    means: dict[int, Float[Tensor, " d_model"]]
+    name: str = "directions"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have directions."""
+        return tuple(sorted(self.vectors))
+
+    def encode(self, layer: int, stream: Stream) -> Float[Tensor, "*any direction"]:
+        """Least-squares coordinates of x − b in the directions' span."""
+        check_layer(self, layer)
+        residual = stream(layer)
+        return (residual - self.means[layer].to(residual)) @ torch.linalg.pinv(self.vectors[layer].to(residual))
+
+    def directions(self, layer: int) -> Float[Tensor, "direction d_model"]:
+        """The directions of a layer."""
+        check_layer(self, layer)
+        return self.vectors[layer]
+
+    def bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """The mean residual of the layer."""
+        check_layer(self, layer)
+        return self.means[layer]
+
+    def describe(self) -> dict[str, Any]:
+        """What results and manifest say of it."""
+        return {"name": self.name, "kind": "directions", "layers": list(self.layers), "n_features": len(self.labels)}

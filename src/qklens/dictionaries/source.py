@@ -1,0 +1,117 @@
+"""Feature sources: whatever writes a residual vector as Σ aᵢ dᵢ + b + e.
+
+A source knows layers and vectors, never a model family. `layer` always means the site resid_pre.layer, the stream that
+the heads of that layer read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qklens.errors import QklensError, nearest
+
+Stream = Callable[[int], Tensor]
+"""Gives the residual stream of a layer at the tokens in question, `... d_model`."""
+
+
+class FeatureSource(Protocol):
+    """A dictionary over one or more layers of one model."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers whose resid_pre it writes."""
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """One name a feature, unique."""
+        ...
+
+    def encode(self, layer: int, stream: Stream) -> Float[Tensor, "*any feature"]:
+        """Activations aᵢ that write resid_pre.layer; may read earlier layers of the stream."""
+        ...
+
+    def directions(self, layer: int) -> Float[Tensor, "feature d_model"]:
+        """Decoder directions dᵢ at a layer; zero rows for features that do not write it."""
+        ...
+
+    def bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """The decoder's bias b at a layer."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What results and manifest say of it."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A stream written by a source: x = Σ aᵢ dᵢ + b + e, exactly, because e is what is left.
+
+    Attributes:
+        activations: aᵢ.
+        directions: dᵢ.
+        bias: b.
+        error: e.
+    """
+
+    activations: Float[Tensor, "*any feature"]
+    directions: Float[Tensor, "feature d_model"]
+    bias: Float[Tensor, " d_model"]
+    error: Float[Tensor, "*any d_model"]
+
+
+def write_parts(source: FeatureSource, layer: int, stream: Stream) -> Parts:
+    """Decompose resid_pre.layer by a source.
+
+    Raises:
+        QklensError: the source does not write this layer, or its vectors have another width than the stream.
+    """
+    check_layer(source, layer)
+    residual = stream(layer)
+    directions = source.directions(layer).to(residual)
+    if directions.shape[-1] != residual.shape[-1]:
+        raise QklensError(
+            f"dictionary {source.name!r} has vectors of {directions.shape[-1]} dimensions, the model's residual stream "
+            f"has {residual.shape[-1]}; it belongs to another model"
+        )
+    activations = source.encode(layer, stream).to(residual)
+    bias = source.bias(layer).to(residual)
+    return Parts(activations, directions, bias, residual - activations @ directions - bias)
+
+
+def check_layer(source: FeatureSource, layer: int) -> None:
+    """Raise unless the source writes resid_pre.layer."""
+    if layer not in source.layers:
+        raise QklensError(
+            f"dictionary {source.name!r} does not write resid_pre.{layer}, which heads of layer {layer} read; it writes "
+            f"layers {list(source.layers)}"
+        )
+
+
+def feature_index(source: FeatureSource, label: str) -> int:
+    """The index of a feature by its label; an unknown label names the nearest known one."""
+    try:
+        return source.labels.index(label)
+    except ValueError:
+        raise QklensError(
+            f"feature {label!r} is not in dictionary {source.name!r}; expected a label like {source.labels[0]!r}"
+            f"{nearest(label, source.labels)}"
+        ) from None
+
+
+def fraction_variance_unexplained(residual: Float[Tensor, "row d_model"], error: Float[Tensor, "row d_model"]) -> float:
+    """FVU = Σ‖e‖² / Σ‖x − mean x‖²."""
+    centred = residual - residual.mean(dim=0)
+    return float(error.pow(2).sum() / centred.pow(2).sum().clamp(min=torch.finfo(residual.dtype).tiny))

@@ -1,0 +1,19 @@
+"""The one exception that a user may see: a line that says what, where, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QklensError(Exception):
+    """Bad input or an impossible request; its text is one line fit for a terminal. The CLI exits with 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(str(message).split()))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint "; did you mean 'x'?" for a misspelt name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,151 @@
+"""Run interventions over many prompts and do only the work an edit can change.
+
+A `Workset` holds prompts in length-sorted, left-padded batches. The first clean pass keeps keys and values; a later
+pass re-runs only the columns from the first edited token on. Sweeps at the answer position cost one token a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qklens.data.render import Prompt
+from qklens.errors import QklensError
+from qklens.interventions.steer import Steer
+from qklens.models.batch import Batch, left_padded
+from qklens.models.passes import NO_READS, Edit, Prefix, Reads, ScoreEdit, VectorEdit, run_pass
+from qklens.models.subject import Subject
+
+TOKENS_PER_BATCH = 4096
+CACHE_BYTES = 1 << 30
+
+
+class Intervention(Protocol):
+    """A frozen value that turns into edits for each batch."""
+
+    def edits(self, subject: Subject, prompts: Sequence[Prompt], batch: Batch, index: Sequence[int]) -> list[Edit]:
+        """The edits of one pass over some prompts; `index` gives their places in the workset."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The spec as echoed into results."""
+        ...
+
+
+@dataclass(eq=False)
+class _Chunk:
+    index: tuple[int, ...]
+    prompts: tuple[Prompt, ...]
+    batch: Batch
+    prefix: Prefix | None = None
+
+
+class Workset:
+    """Prompts ready to run, in order; the engine behind every sweep."""
+
+    def __init__(self, subject: Subject, prompts: Sequence[Prompt], *, reuse: bool = True) -> None:
+        """Batch the prompts.
+
+        Args:
+            subject: the model.
+            prompts: rendered prompts.
+            reuse: share what an edit cannot change; False always runs whole prompts (the plain path).
+
+        Raises:
+            QklensError: there are no prompts.
+        """
+        if not prompts:
+            raise QklensError("there are no prompts to run; check --items and the data file")
+        self.subject, self.prompts = subject, tuple(prompts)
+        per_token = 2 * subject.n_layers * subject.n_kv_heads * subject.d_head * 4
+        self.reuse = reuse and per_token * sum(len(p.tokens) for p in prompts) <= CACHE_BYTES
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
+        self.chunks: list[_Chunk] = []
+        while order:
+            width, rows = len(prompts[order[0]].tokens), 0
+            while rows < len(order):
+                width = max(width, len(prompts[order[rows]].tokens))
+                if rows and width * (rows + 1) > TOKENS_PER_BATCH:
+                    break
+                rows += 1
+            index, order = tuple(order[:rows]), order[rows:]
+            chosen = tuple(prompts[i] for i in index)
+            batch = left_padded([p.tokens for p in chosen], subject.tokenizer.pad_token_id or 0, subject.device)
+            self.chunks.append(_Chunk(index, chosen, batch))
+        self.columns_run = 0
+        self._clean: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def logits(
+        self,
+        interventions: Sequence[Intervention] = (),
+        reads: Callable[[Sequence[int], Batch], Reads] | None = None,
+    ) -> Float[Tensor, "prompt vocab"]:
+        """Logits at the answer position, in the order of the prompts.
+
+        Args:
+            interventions: applied together.
+            reads: given a batch's prompt indices and the batch, the sinks for that pass; forces whole prompts to run.
+
+        Raises:
+            QklensError: an intervention changed no value in any batch.
+        """
+        active = [i for i in interventions if not (isinstance(i, Steer) and i.is_identity)]
+        if not active and reads is None and self._clean is not None:
+            return self._clean
+        rows: list[Tensor] = [torch.empty(0)] * len(self.prompts)
+        changed = [False] * len(active)
+        for chunk in self.chunks:
+            edits = [i.edits(self.subject, chunk.prompts, chunk.batch, chunk.index) for i in active]
+            flat = [edit for group in edits for edit in group]
+            sinks = reads(chunk.index, chunk.batch) if reads else NO_READS
+            whole = reads is not None or not self.reuse or not flat
+            start = 0 if whole else _first_column(flat, chunk.batch)
+            if start > 0 and chunk.prefix is None:
+                chunk.prefix = run_pass(self.subject, chunk.batch, keep_prefix=True).prefix
+                self.columns_run += chunk.batch.width * len(chunk.index)
+            keep = self.reuse and not flat and chunk.prefix is None
+            out = run_pass(
+                self.subject, chunk.batch, flat, sinks, prefix=chunk.prefix, start=start, keep_prefix=keep
+            )
+            self.columns_run += (chunk.batch.width - start) * len(chunk.index)
+            chunk.prefix = out.prefix if keep else chunk.prefix
+            flags = iter(out.changed)
+            for which, group in enumerate(edits):
+                changed[which] |= any([next(flags) for _ in group])
+            for row, i in enumerate(chunk.index):
+                rows[i] = out.logits[row]
+        for intervention, did in zip(active, changed, strict=True):
+            if not did:
+                raise QklensError(f"intervention {intervention.describe()} changed no value in any of {len(self)} prompts")
+        stacked = torch.stack(rows)
+        if not active:
+            self._clean = stacked
+        return stacked
+
+    def margins(self, interventions: Sequence[Intervention] = ()) -> Float[Tensor, " prompt"]:
+        """logit(correct letter) − logit(incorrect letter) at the answer position, on the CPU in float32."""
+        return letter_margins(self.logits(interventions), self.prompts)
+
+
+def letter_margins(logits: Float[Tensor, "prompt vocab"], prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
+    """The margin of each prompt from its answer logits."""
+    ids = torch.tensor([p.letter_ids for p in prompts], device=logits.device)
+    pair = logits.float().gather(1, ids)
+    return (pair[:, 0] - pair[:, 1]).cpu()
+
+
+def _first_column(edits: Sequence[Edit], batch: Batch) -> int:
+    """The first column that any edit touches; patches and score shifts act at the last one."""
+    first = batch.width - 1
+    for edit in edits:
+        if isinstance(edit, VectorEdit | ScoreEdit) and edit.mask is not None:
+            first = min(first, int(edit.mask.any(dim=0).nonzero()[0]))
+    return first

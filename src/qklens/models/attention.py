@@ -1,0 +1,105 @@
+"""The one attention function that qklens registers with transformers: it delegates to the family's own eager code.
+
+Between the model's queries and keys and its output it lets the running pass (`passes.py`) read the score's ingredients,
+add to the scores, or replace pattern rows and head outputs. Without a running pass it is the family's eager attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from qklens.models.family import Family
+
+
+class AttentionTap(Protocol):
+    """What a running pass does around one layer's attention."""
+
+    def score_bias(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch head q_pos d_head"],
+        key: Float[Tensor, "batch kv_head k_pos d_head"],
+        scale: float,
+    ) -> Float[Tensor, "batch head q_pos k_pos"] | None:
+        """What to add to the scores (after scaling, before softmax), or nothing."""
+        ...
+
+    def new_pattern(
+        self, layer: int, pattern: Float[Tensor, "batch head q_pos k_pos"]
+    ) -> Float[Tensor, "batch head q_pos k_pos"] | None:
+        """The pattern to use instead of the model's, or nothing."""
+        ...
+
+    def new_output(
+        self, layer: int, output: Float[Tensor, "batch q_pos head d_head"]
+    ) -> Float[Tensor, "batch q_pos head d_head"] | None:
+        """The heads' outputs (before W_O) to use instead, or nothing."""
+        ...
+
+    def read(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch head q_pos d_head"],
+        key: Float[Tensor, "batch kv_head k_pos d_head"],
+        pattern: Float[Tensor, "batch head q_pos k_pos"],
+        output: Float[Tensor, "batch q_pos head d_head"],
+        scale: float,
+    ) -> None:
+        """Look at the finished attention of the layer."""
+        ...
+
+
+ACTIVE_TAP: ContextVar[AttentionTap | None] = ContextVar("qklens_active_tap", default=None)
+
+
+def attention_name(family: Family) -> str:
+    """Register the family's tapped eager attention (once) and return its name."""
+    name = f"qklens_{family.model_type}"
+    AttentionInterface.register(name, _tapped(family))
+    AttentionMaskInterface.register(name, eager_mask)
+    return name
+
+
+def _tapped(family: Family) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        dropout: float = 0.0,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        tap = ACTIVE_TAP.get()
+        if tap is None:
+            return family.eager(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
+        bias = tap.score_bias(layer, query, key, scaling)
+        if bias is not None:
+            attention_mask = bias if attention_mask is None else attention_mask + bias
+        output, pattern = family.eager(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        if pattern is None:
+            raise RuntimeError(f"layer {layer}: the eager attention returned no pattern")
+        replaced = tap.new_pattern(layer, pattern)
+        if replaced is not None:
+            pattern = replaced
+            groups = query.shape[1] // value.shape[1]
+            output = torch.matmul(pattern, value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous()
+        edited = tap.new_output(layer, output)
+        if edited is not None:
+            output = edited
+        tap.read(layer, query, key, pattern, output, scaling)
+        return output, pattern
+
+    return attention

@@ -1,0 +1,114 @@
+"""Look at a model directory before anything of it runs: config, safetensors headers, tensor names and shapes.
+
+Everything here reads JSON only. Weights that are not safetensors, code that a checkpoint wants to run, missing tensors
+and truncated files are refused with the file's name.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qklens.errors import QklensError
+from qklens.files import read_json
+from qklens.models.family import Family, family_of
+
+_CODE_KEYS = ("auto_map", "_attn_implementation_internal", "_attn_implementation", "_experts_implementation_internal")
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory that passed inspection: its config, its family and its weight files."""
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    weights: tuple[Path, ...]
+
+
+def inspect_checkpoint(path: Path) -> Checkpoint:
+    """Check a model directory without loading it.
+
+    Raises:
+        QklensError: no such directory, no config, an unproven family, code in the config, weights that are missing,
+            pickled, truncated or outside the directory, or a tensor that the family needs and the files lack.
+    """
+    if not path.is_dir():
+        raise QklensError(f"{path}: no such model directory; expected config.json and *.safetensors there")
+    if not (path / "config.json").is_file():
+        raise QklensError(f"{path}: no config.json; expected a Hugging Face model directory")
+    config = read_json(path / "config.json")
+    if not isinstance(config, dict):
+        raise QklensError(f"{path / 'config.json'}: holds a {type(config).__name__}, expected a JSON object")
+    for key in _CODE_KEYS:
+        if config.get(key):
+            raise QklensError(f"{path / 'config.json'}: key {key!r} asks to run other code; remove it to load the model")
+    family = family_of(config.get("model_type"), str(path))
+    weights = _weight_files(path)
+    shapes: dict[str, list[int]] = {}
+    for file in weights:
+        shapes.update(_header_shapes(file))
+    _check_tensors(path, config, family, shapes)
+    return Checkpoint(path, config, family, weights)
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        content = read_json(index)
+        names = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise QklensError(f"{index}: no 'weight_map' of tensor names to file names; download the index again")
+        files = sorted(set(names.values()))
+        for name in files:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise QklensError(f"{index}: names {name!r}; expected a .safetensors file in the same directory")
+            if not (path / name).is_file():
+                raise QklensError(f"{path / name}: missing; the index names it, download it again")
+        return tuple(path / name for name in files)
+    if (path / "model.safetensors").is_file():
+        return (path / "model.safetensors",)
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in path.glob(pattern))
+    if pickled:
+        raise QklensError(
+            f"{path / pickled[0]}: weights are pickled and can run code; expected model.safetensors: convert them "
+            "with the safetensors project's converter"
+        )
+    raise QklensError(f"{path}: no weights; expected model.safetensors or model.safetensors.index.json")
+
+
+def _header_shapes(file: Path) -> dict[str, list[int]]:
+    """The tensors of a safetensors file by its header, with the file's length checked against it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if length < 2 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise QklensError(f"{file}: not a safetensors file or truncated ({size} bytes); download it again")
+        try:
+            header = json.loads(stream.read(length))
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            shapes = {name: list(entry["shape"]) for name, entry in tensors.items()}
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise QklensError(f"{file}: damaged safetensors header ({type(error).__name__}); download it again") from error
+    if 8 + length + end != size:
+        raise QklensError(f"{file}: {size} bytes, its header promises {8 + length + end}; truncated, download it again")
+    return shapes
+
+
+def _check_tensors(path: Path, config: dict[str, Any], family: Family, shapes: dict[str, list[int]]) -> None:
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise QklensError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}, expected a positive integer")
+    wanted = [pattern.format(layer=layer) for layer in range(layers) for pattern in family.tensors]
+    missing = [name for name in wanted if name not in shapes]
+    if missing:
+        raise QklensError(
+            f"{path}: tensor {missing[0]!r} is missing ({len(missing)} of {len(wanted)} expected tensors); "
+            "the checkpoint is incomplete or of another family"
+        )

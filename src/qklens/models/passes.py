@@ -1,0 +1,333 @@
+"""One forward pass with thin reads and edits.
+
+A pass runs the model's own code. Edits return new tensors and are scoped to the pass, so a clean run after any edit,
+or after an exception in one, is bit-identical to the one before. `Prefix` lets a pass skip the columns that no edit can
+reach: their keys and values are taken from an earlier clean pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from qklens.errors import QklensError
+from qklens.models.attention import ACTIVE_TAP
+from qklens.models.batch import Batch
+from qklens.models.subject import Subject
+
+Side = Literal["residual", "query", "key", "value"]
+
+
+@dataclass(frozen=True, eq=False)
+class VectorEdit:
+    """Change what is read at some tokens of a layer: the residual stream itself, or only one projection's input.
+
+    Attributes:
+        layer: the layer L; the edited vector is resid_pre.L.
+        side: `residual` edits the stream; `query | key | value` edit only that projection's reading of it.
+        mask: tokens to edit.
+        change: rows of resid_pre.L -> edited rows; the second argument gives the same rows of another layer's stream.
+        heads: for a projection, which heads (key/value heads for `key` and `value`); None is all.
+        frozen_norm: hold the input norm's scale at its unedited value.
+    """
+
+    layer: int
+    side: Side
+    mask: Bool[Tensor, "batch pos"]
+    change: Callable[[Float[Tensor, "row d_model"], Callable[[int], Tensor]], Float[Tensor, "row d_model"]]
+    heads: tuple[int, ...] | None = None
+    frozen_norm: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreView:
+    """What a score edit may look at; positions are columns of the whole batch, `start` is the pass's first one."""
+
+    query: Float[Tensor, "batch head q_pos d_head"]
+    key: Float[Tensor, "batch kv_head k_pos d_head"]
+    residual: Float[Tensor, "batch q_pos d_model"]
+    scale: float
+    start: int
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreEdit:
+    """Add to a layer's scores, after scaling and before softmax.
+
+    Attributes:
+        layer: the layer.
+        bias: what to add, `batch head q_pos k_pos`, over the columns that run.
+        mask: tokens whose residual `bias` reads, if any; they must be among the columns that run.
+    """
+
+    layer: int
+    bias: Callable[[ScoreView], Tensor]
+    mask: Bool[Tensor, "batch pos"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PatternEdit:
+    """Replace a layer's pattern: `batch head q_pos k_pos` -> the same shape; the second argument is `start`."""
+
+    layer: int
+    replace: Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class OutputEdit:
+    """Replace the heads' outputs before W_O: `batch q_pos head d_head` -> the same shape; then `start`."""
+
+    layer: int
+    replace: Callable[[Tensor, int], Tensor]
+
+
+Edit = VectorEdit | ScoreEdit | PatternEdit | OutputEdit
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRead:
+    """One layer's attention as it met: queries and keys after rotary, pattern, and head outputs before W_O."""
+
+    layer: int
+    query: Float[Tensor, "batch head q_pos d_head"]
+    key: Float[Tensor, "batch kv_head k_pos d_head"]
+    pattern: Float[Tensor, "batch head q_pos k_pos"]
+    output: Float[Tensor, "batch q_pos head d_head"]
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """What a pass hands out; a sink sees the tensor once and keeps what it needs.
+
+    `residual[L]` sees resid_pre.L; L = n_layers is the stream before the final norm. `attention[L]` sees the layer's
+    attention.
+    """
+
+    residual: dict[int, Callable[[Tensor], None]]
+    attention: dict[int, Callable[[AttentionRead], None]]
+
+
+NO_READS = Reads({}, {})
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Keys and values of a clean pass, per layer `batch kv_head k_pos d_head`, for every column but those re-run."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Logits at the answer position (last column), and for each edit whether it changed a value."""
+
+    logits: Float[Tensor, "batch vocab"]
+    changed: tuple[bool, ...]
+    prefix: Prefix | None = None
+
+
+class _FixedCache(DynamicCache):
+    """A cache that serves the same prefix to every pass and keeps nothing of the passes' own."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object):  # noqa: ANN201
+        held = self.layers[layer_idx]
+        return torch.cat([held.keys, key_states], dim=2), torch.cat([held.values, value_states], dim=2)
+
+
+@torch.no_grad()
+def run_pass(
+    subject: Subject,
+    batch: Batch,
+    edits: Sequence[Edit] = (),
+    reads: Reads = NO_READS,
+    *,
+    prefix: Prefix | None = None,
+    start: int = 0,
+    keep_prefix: bool = False,
+) -> Outcome:
+    """Run the model once.
+
+    Args:
+        subject: the model.
+        batch: left-padded prompts.
+        edits: applied in order.
+        reads: sinks for what the caller wants to see.
+        prefix: clean keys and values; columns before `start` are taken from it and not run.
+        start: the first column to run.
+        keep_prefix: also return this pass's keys and values, for later passes.
+
+    Raises:
+        QklensError: an edit for a layer or token that does not exist, an edit before `start`, or one whose hook
+            never fired.
+    """
+    state = _Pass(subject, batch, edits, reads, start)
+    cache = None
+    if prefix is not None and start > 0:
+        cache = _FixedCache(
+            [(k[:, :, :start], v[:, :, :start]) for k, v in zip(prefix.keys, prefix.values, strict=True)]
+        )
+    elif keep_prefix:
+        cache = DynamicCache()
+    with ExitStack() as stack:
+        state.install(stack)
+        out = subject.model(
+            input_ids=batch.input_ids[:, start:],
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids[:, start:],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=1,
+        )
+    state.assert_fired()
+    kept = None
+    if keep_prefix and cache is not None:
+        kept = Prefix(tuple(layer.keys for layer in cache.layers), tuple(layer.values for layer in cache.layers))
+    return Outcome(out.logits[:, -1], tuple(state.changed), kept)
+
+
+class _Pass:
+    """The state of one running pass; implements `AttentionTap`."""
+
+    def __init__(self, subject: Subject, batch: Batch, edits: Sequence[Edit], reads: Reads, start: int) -> None:
+        self.subject, self.batch, self.reads, self.start = subject, batch, reads, start
+        self.edits = tuple(edits)
+        self.fired = [False] * len(self.edits)
+        self.changed = [False] * len(self.edits)
+        self.residual: dict[int, Tensor] = {}
+        for edit in self.edits:
+            if not 0 <= edit.layer < subject.n_layers:
+                raise QklensError(f"layer {edit.layer} does not exist; expected 0 to {subject.n_layers - 1}")
+            if isinstance(edit, VectorEdit | ScoreEdit) and edit.mask is not None:
+                if not edit.mask.any():
+                    raise QklensError(f"an edit of layer {edit.layer} matches no token")
+                if edit.mask[:, :start].any():
+                    raise QklensError(f"an edit of layer {edit.layer} touches columns before {start}, which do not run")
+
+    def install(self, stack: ExitStack) -> None:
+        """Hook what this pass needs; everything is undone when the stack closes."""
+        family, layers = self.subject.family, self.subject.layers
+        for index, layer in enumerate(layers):
+            handle = layer.register_forward_pre_hook(self._residual_hook(index), with_kwargs=True)
+            stack.callback(handle.remove)
+        if len(layers) in self.reads.residual:
+            sink = self.reads.residual[len(layers)]
+            handle = family.final_norm(self.subject.model).register_forward_pre_hook(
+                lambda _, inputs: sink(inputs[0])
+            )
+            stack.callback(handle.remove)
+        for index, edit in enumerate(self.edits):
+            if isinstance(edit, VectorEdit) and edit.side != "residual":
+                attention = self.subject.attention(edit.layer)
+                projection = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}[edit.side]
+                module: nn.Linear = getattr(attention, projection)
+                handle = module.register_forward_hook(self._projection_hook(index, edit, module))
+                stack.callback(handle.remove)
+        token = ACTIVE_TAP.set(self)
+        stack.callback(ACTIVE_TAP.reset, token)
+
+    def _residual_hook(self, layer: int) -> Callable[..., tuple[tuple, dict]]:
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            stream: Tensor = args[0] if args else kwargs["hidden_states"]
+            for index, edit in enumerate(self.edits):
+                if isinstance(edit, VectorEdit) and edit.side == "residual" and edit.layer == layer:
+                    mask = edit.mask[:, self.start :]
+                    rows = stream[mask]
+                    edited = edit.change(rows, self._rows(mask))
+                    self._note(index, rows, edited)
+                    stream = stream.clone()
+                    stream[mask] = edited
+            self.residual[layer] = stream
+            if layer in self.reads.residual:
+                self.reads.residual[layer](stream)
+            if args:
+                return (stream, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": stream}
+
+        return hook
+
+    def _projection_hook(self, index: int, edit: VectorEdit, module: nn.Linear) -> Callable[..., Tensor]:
+        norm = self.subject.family.input_norm(self.subject.layers[edit.layer])
+        d_head = self.subject.d_head
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            mask = edit.mask[:, self.start :]
+            rows = self.residual[edit.layer][mask]
+            edited = edit.change(rows, self._rows(mask))
+            self._note(index, rows, edited)
+            if edit.frozen_norm:
+                epsilon = self.subject.family.norm_epsilon(norm)
+                scale = torch.rsqrt(rows.float().pow(2).mean(-1, keepdim=True) + epsilon).to(rows.dtype)
+                normed = inputs[0][mask] + norm.weight * (edited - rows) * scale
+            else:
+                normed = norm(edited)
+            n_heads = module.out_features // d_head
+            heads = list(range(n_heads)) if edit.heads is None else list(edit.heads)
+            by_head = output.reshape(*output.shape[:-1], n_heads, d_head).clone()
+            weight = module.weight.view(n_heads, d_head, -1)[heads]
+            projected = torch.einsum("nd,hed->nhe", normed, weight)
+            if module.bias is not None:
+                projected = projected + module.bias.view(n_heads, d_head)[heads]
+            selected = by_head[mask]
+            selected[:, heads] = projected
+            by_head[mask] = selected
+            return by_head.view_as(output)
+
+        return hook
+
+    def _rows(self, mask: Tensor) -> Callable[[int], Tensor]:
+        return lambda layer: self.residual[layer][mask]
+
+    def _note(self, index: int, before: Tensor, after: Tensor) -> None:
+        self.fired[index] = True
+        if after.shape != before.shape:
+            raise QklensError(f"an edit returned shape {tuple(after.shape)}, expected {tuple(before.shape)}")
+        self.changed[index] = self.changed[index] or not torch.equal(before, after)
+
+    def score_bias(self, layer: int, query: Tensor, key: Tensor, scale: float) -> Tensor | None:
+        total: Tensor | None = None
+        for index, edit in enumerate(self.edits):
+            if isinstance(edit, ScoreEdit) and edit.layer == layer:
+                bias = edit.bias(ScoreView(query, key, self.residual[layer], scale, self.start))
+                self.fired[index] = True
+                self.changed[index] = bool((bias != 0).any())
+                total = bias if total is None else total + bias
+        return total
+
+    def new_pattern(self, layer: int, pattern: Tensor) -> Tensor | None:
+        return self._replace(PatternEdit, layer, pattern)
+
+    def new_output(self, layer: int, output: Tensor) -> Tensor | None:
+        return self._replace(OutputEdit, layer, output)
+
+    def _replace(self, kind: type[PatternEdit] | type[OutputEdit], layer: int, value: Tensor) -> Tensor | None:
+        result: Tensor | None = None
+        for index, edit in enumerate(self.edits):
+            if isinstance(edit, kind) and edit.layer == layer:
+                before = value if result is None else result
+                result = edit.replace(before, self.start)
+                self._note(index, before, result)
+        return result
+
+    def read(
+        self, layer: int, query: Tensor, key: Tensor, pattern: Tensor, output: Tensor, scale: float
+    ) -> None:
+        if layer in self.reads.attention:
+            self.reads.attention[layer](AttentionRead(layer, query, key, pattern, output, scale))
+
+    def assert_fired(self) -> None:
+        """An edit that never ran is an error, not a null result."""
+        for edit, fired in zip(self.edits, self.fired, strict=True):
+            if not fired:
+                raise QklensError(
+                    f"an edit of layer {edit.layer} never fired; the model did not run that layer's attention through "
+                    "the registered function"
+                )

@@ -1,0 +1,99 @@
+"""Is this model read correctly? Scores rebuilt from the residual stream against the model's own, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qklens.errors import QklensError
+from qklens.models.batch import left_padded
+from qklens.models.passes import AttentionRead, PatternEdit, Reads, run_pass
+from qklens.models.scores import rotation, score_maps
+from qklens.models.subject import Subject
+
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer's errors: relative to the largest |score| for scores, absolute for row sums."""
+
+    layer: int
+    score_error: float
+    pattern_row_error: float
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """The whole check: per layer, and whether replacing a pattern reached the logits."""
+
+    layers: tuple[LayerCheck, ...]
+    pattern_reaches_logits: bool
+    padding_error: float
+
+
+def self_check(subject: Subject, n_tokens: int = 12) -> SelfCheck:
+    """Rebuild every layer's scores from resid_pre and compare with the queries and keys the model used.
+
+    Raises:
+        QklensError: a rebuilt score is off by more than 1e-4 of the largest, a pattern row does not sum to 1, a
+            replaced pattern did not reach the logits, or padding changes the logits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, subject.model.config.vocab_size, (n_tokens,), generator=generator).tolist()
+    batch = left_padded([tokens], subject.tokenizer.pad_token_id or 0, subject.device)
+    streams: dict[int, torch.Tensor] = {}
+    attentions: dict[int, AttentionRead] = {}
+    reads = Reads(
+        {layer: lambda x, layer=layer: streams.__setitem__(layer, x) for layer in range(subject.n_layers)},
+        {layer: lambda a, layer=layer: attentions.__setitem__(layer, a) for layer in range(subject.n_layers)},
+    )
+    clean = run_pass(subject, batch, reads=reads).logits
+    rows = tuple(_check_layer(subject, batch.position_ids, streams[layer], attentions[layer]) for layer in streams)
+    uniform = PatternEdit(subject.n_layers - 1, lambda pattern, _: torch.full_like(pattern, 1 / pattern.shape[-1]))
+    moved = run_pass(subject, batch, [uniform]).logits
+    longer = left_padded([tokens, tokens + tokens], subject.tokenizer.pad_token_id or 0, subject.device)
+    padded = run_pass(subject, longer).logits[:1]
+    padding_error = float((padded - clean).abs().max() / clean.abs().max().clamp(min=1e-6))
+    check = SelfCheck(rows, not torch.equal(clean, moved), padding_error)
+    _refuse(subject, check)
+    return check
+
+
+def _check_layer(
+    subject: Subject, positions: torch.Tensor, stream: torch.Tensor, read: AttentionRead
+) -> LayerCheck:
+    maps = score_maps(subject, read.layer)
+    turn = rotation(subject, positions[0])
+    worst, largest = 0.0, 0.0
+    sigma = maps.sigma(stream[0])[:, None]
+    for head in range(subject.n_heads):
+        query = turn(maps.query(stream[0], head) / sigma + maps.query_bias[head])
+        key = turn(maps.key(stream[0], head) / sigma + maps.key_bias[maps.kv_head(head)])
+        rebuilt = maps.scale * query @ key.T
+        own = read.scale * (read.query[0, head] @ read.key[0, maps.kv_head(head)].T).to(rebuilt.dtype)
+        worst = max(worst, float((rebuilt - own).abs().max()))
+        largest = max(largest, float(own.abs().max()))
+    row_error = float((read.pattern.float().sum(dim=-1) - 1).abs().max())
+    return LayerCheck(read.layer, worst / max(largest, 1e-12), row_error)
+
+
+def _refuse(subject: Subject, check: SelfCheck) -> None:
+    half = subject.dtype in (torch.bfloat16, torch.float16)
+    tolerance = 3e-2 if half else _TOLERANCE
+    for row in check.layers:
+        if not row.score_error <= tolerance:
+            raise QklensError(
+                f"{subject.name}: layer {row.layer}: rebuilt scores differ from the model's by {row.score_error:.1e} of "
+                f"the largest, expected at most {tolerance:.0e}; this config is not supported"
+            )
+        if not row.pattern_row_error <= tolerance:
+            raise QklensError(
+                f"{subject.name}: layer {row.layer}: pattern rows sum to 1 ± {row.pattern_row_error:.1e}, expected "
+                f"{tolerance:.0e}; this config is not supported"
+            )
+    if not check.pattern_reaches_logits:
+        raise QklensError(f"{subject.name}: replacing the last layer's pattern does not change the logits; hooks do not reach it")
+    if not check.padding_error <= max(tolerance, 1e-3):
+        raise QklensError(f"{subject.name}: left padding changes the logits by {check.padding_error:.1e}; not supported")

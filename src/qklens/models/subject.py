@@ -1,0 +1,189 @@
+"""A subject: one loaded model with its tokenizer, and the few numbers that everything above asks for."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from qklens.errors import QklensError, nearest
+from qklens.files import sha256_files
+from qklens.models.attention import attention_name
+from qklens.models.checkpoint import Checkpoint, inspect_checkpoint
+from qklens.models.family import Family
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A loaded model under study.
+
+    Attributes:
+        name: the directory's name.
+        model: the transformers model, in eval mode, without gradients, on its device.
+        tokenizer: a fast tokenizer (it gives character offsets).
+        family: how the model's parts are found.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    path: Path | None = None
+    sha256: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter lives."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return self.family.layers(self.model)
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention module of a layer."""
+        return self.family.attention(self.layers[layer])
+
+    def check_head(self, layer: int, head: int) -> None:
+        """Raise unless (layer, head) exists; names the valid range."""
+        if not 0 <= layer < self.n_layers:
+            raise QklensError(f"layer {layer} does not exist in {self.name}; expected 0 to {self.n_layers - 1}")
+        if not 0 <= head < self.n_heads:
+            raise QklensError(f"head {head} does not exist in {self.name}; expected 0 to {self.n_heads - 1}")
+
+    def describe(self) -> dict[str, Any]:
+        """What results and manifest say of the model."""
+        return {
+            "name": self.name,
+            "model_type": self.family.model_type,
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_kv_heads,
+            "d_model": self.d_model,
+            "d_head": self.d_head,
+            "n_parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "sha256": self.sha256,
+        }
+
+
+def load_subject(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Subject:
+    """Load a model directory after inspecting it; nothing is fetched and no code of the checkpoint runs.
+
+    Raises:
+        QklensError: see `inspect_checkpoint`; also an unknown device or dtype, a tokenizer without offsets, weights
+            that hold NaN or infinity, or shapes that do not fit the config.
+    """
+    if dtype not in DTYPES:
+        raise QklensError(f"--dtype {dtype!r} is unknown; expected one of {sorted(DTYPES)}{nearest(dtype, DTYPES)}")
+    checkpoint = inspect_checkpoint(path)
+    target = _device(device)
+    transformers_logging.disable_progress_bar()
+    tokenizer = _load_tokenizer(path)
+    model = _load_model(checkpoint, DTYPES[dtype])
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise QklensError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; they are of two models")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise QklensError(f"{path}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged")
+    return wrap_model(
+        model.to(target), tokenizer, checkpoint.family, path=path, sha256=sha256_files(list(checkpoint.weights))
+    )
+
+
+def wrap_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    family: Family,
+    *,
+    path: Path | None = None,
+    sha256: str | None = None,
+) -> Subject:
+    """A subject around a model in memory; its attention is set to the registered function."""
+    model.eval().requires_grad_(False)
+    model.set_attn_implementation(attention_name(family))
+    config = model.config
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Subject(
+        name=path.name if path else config.model_type,
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        d_model=config.hidden_size,
+        d_head=d_head,
+        path=path,
+        sha256=sha256,
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise QklensError(f"--device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
+    return device
+
+
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds here; all mean the same to the user
+        reason = str(error).strip().splitlines()
+        raise QklensError(f"{path}: no usable tokenizer ({reason[0] if reason else type(error).__name__})") from error
+    if not tokenizer.is_fast:
+        raise QklensError(
+            f"{path}: tokenizer {type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer "
+            "(tokenizer.json): convert it with transformers"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(checkpoint.path),
+                dtype=dtype,
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # see _load_tokenizer
+        reason = str(error).strip().splitlines()
+        raise QklensError(
+            f"{checkpoint.path}: the model does not load ({reason[0] if reason else type(error).__name__})"
+        ) from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info[kind]:
+            first = sorted(map(str, info[kind]))[0]
+            raise QklensError(f"{checkpoint.path}: {kind.replace('_', ' ')}: {first}; weights and config do not fit")
+    return model

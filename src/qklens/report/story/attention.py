@@ -1,0 +1,231 @@
+"""The mechanism: which heads select the answer, what moves their attention, and how unusual those pairs are."""
+
+from __future__ import annotations
+
+from qklens.report.figures.interactions import ranked
+from qklens.report.figures.style import pair_words
+from qklens.report.figures.zscores import nulls_shown
+from qklens.report.story.parts import Section, Table, empty
+from qklens.report.text import (
+    count,
+    finite,
+    head_name,
+    includes,
+    listing,
+    mean,
+    number,
+    p_value,
+    percent,
+    percent_interval,
+    printable,
+    role_words,
+    signed,
+)
+from qklens.studies.results import Results, ZScore
+
+CLAIM_NULLS = ("random_pairs", "matched")
+
+
+def heads(results: Results) -> Section:
+    """The selected heads' attention and what patching it restores."""
+    title = "Answer-selection heads"
+    question = (
+        "Which heads attend to the correct option and carry its letter, and is their attention what harm changes?"
+    )
+    details = results.heads_details
+    if details is None or "heads" in results.skipped:
+        return empty(results, "heads", title, question)
+    chosen = [row for row in results.heads if row.selected]
+    names = listing(head_name(layer, head) for layer, head in details.selected) or "none"
+    none, harm = mean(r.attention_difference_none for r in chosen), mean(r.attention_difference_harm for r in chosen)
+    paragraphs = [
+        f"{count(len(details.selected), 'head')} selected on the discovery half: {names}. On the report half their "
+        f"mean attention difference (correct minus incorrect option) is {signed(none)} with no intent and "
+        f"{signed(harm)} under harm."
+    ]
+    text = (
+        "Giving them back the pattern they have on the bare question moves the mean margin from "
+        f"{number(details.harm_margin)} to {number(details.patched_margin)} logits, {percent(details.restored)} of "
+        f"what was lost ({percent_interval(details.restored_ci)}), with {percent(details.patched_accuracy)} correct. "
+        f"The same patch restores {percent(details.restored_random_heads)} at as many other heads and "
+        f"{percent(details.all_heads_restored)} at every head."
+    )
+    if includes(details.restored_ci, 0):
+        text += " The interval includes zero: the selected heads' attention is not shown to matter."
+    elif finite(details.restored_random_heads) and details.restored_random_heads >= details.restored_ci[0]:
+        text += " The random heads' share is not below that interval, so the effect is not specific to these heads."
+    paragraphs.append(text)
+    table = Table(
+        "Candidate heads",
+        (
+            "head",
+            "attention diff., none",
+            "harm",
+            "benign",
+            "letter logit, none",
+            "harm",
+            "ablation drop",
+            "restores alone",
+            "selected",
+        ),
+        tuple(
+            (
+                head_name(row.layer, row.head),
+                signed(row.attention_difference_none),
+                signed(row.attention_difference_harm),
+                signed(row.attention_difference_benign),
+                signed(row.letter_logit),
+                signed(row.letter_logit_harm),
+                number(row.ablation_drop),
+                percent(row.restores_when_patched),
+                "yes" if row.selected else "no",
+            )
+            for row in results.heads
+        ),
+    )
+    return Section(
+        "heads",
+        title,
+        question,
+        tuple(paragraphs),
+        "Maps: discovery half. Everything else: report half. Attention is read at the answer position. Letter logit: "
+        "direct logit attribution of the correct letter. Restored share: (patched \u2212 harm) / (no intent \u2212 "
+        "harm) of the mean margin; it can exceed 100%. Keys and values are left as they are under harm.",
+        (table,),
+    )
+
+
+def interactions(results: Results) -> Section:
+    """The pairs at both ends of the ranking."""
+    title = "Query\u2013key interactions at the selected heads"
+    question = "Which pairs of sources raise attention to the correct option, and which lower it?"
+    low_high = {kind: ranked(results.interactions, kind, 1) for kind in ("contrastive", "realised")}
+    kind = next((kind for kind, rows in low_high.items() if rows), None)
+    if kind is None or "interactions" in results.skipped:
+        return empty(results, "interactions", title, question)
+    paragraphs: list[str] = []
+    for row in low_high[kind]:
+        end = "most negative" if row.value < 0 else "most positive"
+        clean = next(
+            (
+                r.value
+                for r in results.interactions
+                if (r.kind, r.condition, r.layer, r.head, r.query, r.key)
+                == (kind, "none", row.layer, row.head, row.query, row.key)
+            ),
+            None,
+        )
+        was = f"; with no intent the same pair gives {signed(clean)}" if clean is not None else ""
+        paragraphs.append(
+            f"Under harm the {end} {kind} pair is {_source(row.query, row.query_role)} (query) with "
+            f"{_source(row.key, row.key_role)} (key) at {head_name(row.layer, row.head)}: {signed(row.value)}{was}."
+        )
+    if results.completeness is not None:
+        paragraphs.append(
+            f"Terms with a dictionary error on either side make up {percent(results.completeness.error_share)} of "
+            "the summed size of all terms at these heads; they are listed like any other source."
+        )
+    rows = ranked(results.interactions, "contrastive", 12) + ranked(results.interactions, "realised", 12)
+    table = Table(
+        "Pairs under harm, both ends",
+        ("kind", "head", "query", "role", "key", "role", "value"),
+        tuple(
+            (
+                row.kind,
+                head_name(row.layer, row.head),
+                printable(row.query),
+                role_words(row.query_role),
+                printable(row.key),
+                role_words(row.key_role),
+                signed(row.value, 3),
+            )
+            for row in rows
+        ),
+    )
+    return Section(
+        "interactions",
+        title,
+        question,
+        tuple(paragraphs),
+        "A term is one (query source, key source) part of the score before softmax, after the model's own scale, "
+        "mean over the report half's prompts; all terms of a score sum to it. Contrastive: score of the correct "
+        "option minus score of the incorrect one. Negative lowers attention. Attribution shares depend on the gauge "
+        "(see Methods).",
+        (table,),
+    )
+
+
+def _source(name: str, role: str | None) -> str:
+    return printable(name) if role is None else f"{role_words(role)} ({printable(name)})"
+
+
+def pair_z(results: Results, query_role: str, key_role: str, null: str) -> list[ZScore]:
+    """The z-scores of one named pair against one null, over heads and features."""
+    return [
+        row
+        for row in results.zscores
+        if (row.query_role, row.key_role, row.null) == (query_role, key_role, null) and finite(row.z)
+    ]
+
+
+def zscores(results: Results) -> Section:
+    """Each named pair against both nulls that a claim needs."""
+    title = "Named pairs against null distributions"
+    question = "Are the interactions of the named features larger than those of random pairs at the same head?"
+    if not results.zscores or "zscores" in results.skipped:
+        return empty(results, "zscores", title, question)
+    paragraphs: list[str] = []
+    for query, key in dict.fromkeys((row.query_role, row.key_role) for row in results.zscores):
+        by_null = {null: pair_z(results, query, key, null) for null in nulls_shown(results)}
+        values = listing(
+            f"{signed(mean(r.z for r in rows), 1)} ({_null(null)})" for null, rows in by_null.items() if rows
+        )
+        text = f"{pair_words(query, key).capitalize()}: mean z {values}."
+        missing = [null for null in CLAIM_NULLS if not by_null.get(null)]
+        if missing:
+            text += f" No claim: the {listing(map(_null, missing))} null is missing."
+        else:
+            places = [{(r.layer, r.head, r.query, r.key): r.z for r in by_null[null]} for null in CLAIM_NULLS]
+            shared = places[0].keys() & places[1].keys()
+            far = [
+                at
+                for at in shared
+                if abs(places[0][at]) >= 2 and abs(places[1][at]) >= 2 and places[0][at] * places[1][at] > 0
+            ]
+            text += f" At least 2 standard deviations out, on the same side of both nulls, in {len(far)} of "
+            f"{len(shared)} cases."
+        paragraphs.append(text)
+    notes = dict.fromkeys(printable(h.note) for h in results.null_histograms if h.note)
+    paragraphs += [f"Note on the nulls: {note}." for note in notes]
+    table = Table(
+        "Every named pair, head and null",
+        ("head", "query", "key", "null", "interaction", "z", "p (empirical)", "q (Benjamini\u2013Hochberg)"),
+        tuple(
+            (
+                head_name(r.layer, r.head),
+                role_words(r.query_role),
+                role_words(r.key_role),
+                _null(r.null),
+                signed(r.value, 3),
+                signed(r.z, 1),
+                p_value(r.p).removeprefix("p = ").removeprefix("p "),
+                p_value(r.q).removeprefix("p = ").removeprefix("p "),
+            )
+            for r in results.zscores
+        ),
+    )
+    return Section(
+        "zscores",
+        title,
+        question,
+        tuple(paragraphs),
+        "Virtual interaction: unit decoder directions through the head's weights, no activations, mean over the "
+        "offsets from answer to correct option. z = (interaction \u2212 mean of the null) / sd of the null. Random "
+        "pairs: random alive features at the same head; matched: same activation frequency and norm. The histogram "
+        "pools the heads' nulls, each in its own sd. Shaded: within 2 sd.",
+        (table,),
+    )
+
+
+def _null(name: str) -> str:
+    return printable(name).replace("_", " ")

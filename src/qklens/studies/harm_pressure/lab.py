@@ -1,0 +1,194 @@
+"""What the stages share: the subject, the source, both halves' prompts, and readings that are made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qklens.analyses.contrasts import Readings, contrast_directions
+from qklens.analyses.interactions import HeadLens, PromptParts, head_lens, write_prompt
+from qklens.analyses.readings import AttentionReading, read_attention, read_streams
+from qklens.data.items import Dataset, Item
+from qklens.data.render import CONDITIONS, ORDERS, Condition, LetterForm, Prompt, render, render_open
+from qklens.dictionaries.directions import Directions
+from qklens.dictionaries.source import FeatureSource
+from qklens.errors import QklensError
+from qklens.interventions.engine import Workset
+from qklens.models.scores import Rotation, offset_rotation, score_maps
+from qklens.models.subject import Subject
+
+Half = Literal["discovery", "report"]
+HALVES: tuple[Half, ...] = ("discovery", "report")
+MIN_ITEMS = 4
+_STREAM_BYTES = 1 << 29
+
+
+@dataclass(eq=False)
+class Lab:
+    """One model, one source and one set of items on the bench.
+
+    Prompts of a condition come item by item, both orders of an item next to each other, so row i is the same item and
+    order in every condition.
+    """
+
+    subject: Subject
+    dataset: Dataset
+    form: LetterForm
+    seed: int
+    halves: dict[Half, tuple[Item, ...]] = field(init=False)
+    source: FeatureSource = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.halves = split_items(self.dataset.items, self.seed)
+        self._prompts: dict[tuple[str, Half], list[Prompt]] = {}
+        self._works: dict[tuple[str, Half], Workset] = {}
+        self._attention: dict[tuple[str, Half], AttentionReading] = {}
+        self._streams: dict[tuple[str, Half], list[dict[int, Tensor]]] = {}
+        self._written: dict[tuple[str, Half, int], list[PromptParts]] = {}
+        self._lenses: dict[tuple[int, int], HeadLens] = {}
+
+    def prompts(self, condition: Condition | Literal["open"], half: Half) -> list[Prompt]:
+        """Rendered prompts; `open` is the question without options, twice an item to align with the others."""
+        key = (condition, half)
+        if key not in self._prompts:
+            tokenizer, items = self.subject.tokenizer, self.halves[half]
+            if condition == "open":
+                self._prompts[key] = [render_open(tokenizer, item) for item in items for _ in ORDERS]
+            else:
+                self._prompts[key] = [
+                    render(tokenizer, item, condition, order, self.form) for item in items for order in ORDERS
+                ]
+        return self._prompts[key]
+
+    def item_index(self, half: Half) -> np.ndarray:
+        """Which item each prompt of a half belongs to; the cluster of the bootstrap."""
+        return np.repeat(np.arange(len(self.halves[half])), len(ORDERS))
+
+    def work(self, condition: Condition | Literal["open"], half: Half) -> Workset:
+        """The prompts, ready to run."""
+        key = (condition, half)
+        if key not in self._works:
+            self._works[key] = Workset(self.subject, self.prompts(condition, half))
+        return self._works[key]
+
+    def attention(self, condition: Condition, half: Half) -> AttentionReading:
+        """Attention and margins of the clean run."""
+        key = (condition, half)
+        if key not in self._attention:
+            self._attention[key] = read_attention(self.work(condition, half))
+        return self._attention[key]
+
+    def streams(
+        self, condition: Condition | Literal["open"], half: Half, layers: Sequence[int]
+    ) -> list[dict[int, Float[Tensor, "pos d_model"]]]:
+        """resid_pre of the clean run at every token."""
+        key = (condition, half)
+        kept = self._streams.setdefault(key, [{} for _ in self.prompts(condition, half)])
+        missing = [layer for layer in layers if layer not in kept[0]]
+        if missing:
+            for mine, new in zip(kept, read_streams(self.work(condition, half), missing), strict=True):
+                mine.update(new)
+        return kept
+
+    def forget(self, layer: int) -> None:
+        """Forget what is kept of a layer; deep models do not fit otherwise."""
+        for rows in self._streams.values():
+            for streams in rows:
+                streams.pop(layer, None)
+        for key in [key for key in self._written if key[2] == layer]:
+            del self._written[key]
+
+    def drop_streams(self) -> None:
+        """Forget residual streams; they are the largest thing kept."""
+        self._streams.clear()
+
+    def written(self, condition: Condition | Literal["open"], half: Half, layer: int) -> list[PromptParts]:
+        """The streams at a layer, written by the source."""
+        key = (condition, half, layer)
+        if key not in self._written:
+            needs = [m for m in self.source.layers if m <= layer]
+            streams = self.streams(condition, half, needs)
+            maps = score_maps(self.subject, layer)
+            self._written[key] = [write_prompt(self.subject, self.source, maps, s) for s in streams]
+        return self._written[key]
+
+    def lens(self, layer: int, head: int) -> HeadLens:
+        """A lens on one head."""
+        if (layer, head) not in self._lenses:
+            self._lenses[layer, head] = head_lens(self.subject, self.source, layer, head)
+        return self._lenses[layer, head]
+
+    def lens_on(self, source: FeatureSource, layer: int, head: int) -> HeadLens:
+        """A lens on one head through the study's source (kept) or another (made anew)."""
+        return self.lens(layer, head) if source is self.source else head_lens(self.subject, source, layer, head)
+
+    def activation_readings(self, half: Half, layer: int) -> Readings:
+        """The source's activations at every token, in decoder-norm units, for the contrasts."""
+        norms = self.source.directions(layer).norm(dim=-1)
+
+        def scaled(condition: Condition | Literal["open"]) -> list[Tensor]:
+            return [w.parts.activations * norms.to(w.parts.activations) for w in self.written(condition, half, layer)]
+
+        return Readings(
+            prompts={c: self.prompts(c, half) for c in CONDITIONS},
+            values={c: scaled(c) for c in CONDITIONS},
+            open_last=torch.stack([values[-1] for values in scaled("open")]),
+        )
+
+    def residual_readings(self, half: Half, layer: int) -> Readings:
+        """The residual stream at every token, for the contrasts."""
+        return Readings(
+            prompts={c: self.prompts(c, half) for c in CONDITIONS},
+            values={c: [s[layer] for s in self.streams(c, half, [layer])] for c in CONDITIONS},
+            open_last=torch.stack([s[layer][-1] for s in self.streams("open", half, [layer])]),
+        )
+
+    def fit_directions(self) -> Directions:
+        """The four contrast directions at every layer, from the discovery half; a few layers in memory at a time."""
+        tokens = sum(len(p.tokens) for c in (*CONDITIONS, "open") for p in self.prompts(c, "discovery"))
+        at_once = max(1, _STREAM_BYTES // (tokens * self.subject.d_model * 4))
+        vectors, means = {}, {}
+        for begin in range(0, self.subject.n_layers, at_once):
+            layers = range(begin, min(begin + at_once, self.subject.n_layers))
+            for condition in (*CONDITIONS, "open"):
+                self.streams(condition, "discovery", layers)
+            fitted = contrast_directions(layers, lambda layer: self.residual_readings("discovery", layer))
+            vectors.update(fitted.vectors)
+            means.update(fitted.means)
+            self.drop_streams()
+        return Directions(fitted.labels, vectors, means)
+
+    def mean_turn(self, half: Half = "report") -> Rotation:
+        """Mean rotation over the offsets from the answer to the correct option that the data really has."""
+        offsets = [
+            p.spans["answer"][0] - j for c in ("none", "harm") for p in self.prompts(c, half) for j in p.span("correct")
+        ]
+        return offset_rotation(self.subject, torch.tensor(offsets))
+
+
+def split_items(items: Sequence[Item], seed: int) -> dict[Half, tuple[Item, ...]]:
+    """Two halves of near-equal size; items with the same two options stay together.
+
+    Raises:
+        QklensError: fewer than four items.
+    """
+    if len(items) < MIN_ITEMS:
+        raise QklensError(f"{len(items)} items; the study needs at least {MIN_ITEMS}, to choose on one half and report on the other")
+    groups: dict[frozenset[str], list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(frozenset((item.correct, item.incorrect)), []).append(index)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    blocks = list(groups.values())
+    chosen: dict[Half, list[int]] = {"discovery": [], "report": []}
+    for block in order:
+        smaller: Half = "discovery" if len(chosen["discovery"]) < len(chosen["report"]) else "report"
+        chosen[smaller].extend(blocks[block])
+    if not chosen["discovery"]:
+        raise QklensError("all items have the same two options; the study needs at least two different pairs")
+    return {half: tuple(items[i] for i in sorted(indices)) for half, indices in chosen.items()}

@@ -1,0 +1,174 @@
+"""Which features play the study's four roles: ranked by contrast, then by what they do at the chosen heads.
+
+Both steps use the discovery half only. The contrast says when a feature is active; the interaction says whether it
+matters where the answer is selected. For the two query roles the final choice is causal: of the best candidates the
+one whose steering on the query side moves the margin most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role, consistency, contrast, item_means
+from qklens.analyses.interactions import WEIGHTINGS, HeadLens
+from qklens.data.render import Condition
+from qklens.interventions.direction import Direction, feature_direction
+from qklens.interventions.steer import Head, Steer
+from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.results import RoleCandidate
+
+_BY_CONTRAST, _BY_INTERACTION = 24, 6
+_TRIALS = (-1.0, -2.0, -4.0)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The chosen feature of each role, at the layer that the main heads read."""
+
+    layer: int
+    chosen: dict[Role, int]
+
+
+def typical_activation(lab: Lab, feature: int, role: Role) -> dict[int, float]:
+    """Per layer, the feature's largest activation where its role plays, on the discovery half."""
+    condition: Condition = "none" if role in ("need_answer", "correct_answer") else "harm"
+    spans = ("answer",) if role in QUERY_ROLES else ("correct", "incorrect")
+    result = {}
+    for layer in lab.source.layers:
+        values = [
+            w.parts.activations[[p for s in spans for p in prompt.span(s)], feature].abs().max()
+            for prompt, w in zip(lab.prompts(condition, "discovery"), lab.written(condition, "discovery", layer), strict=True)
+        ]
+        result[layer] = float(torch.stack(values).max())
+    return result
+
+
+def role_direction(lab: Lab, feature: int, role: Role) -> Direction:
+    """A role's feature as a direction to steer along."""
+    return feature_direction(lab.source, feature, typical_activation(lab, feature, role))
+
+
+def find_roles(lab: Lab, heads: Sequence[Head]) -> tuple[Roles, list[RoleCandidate]]:
+    """Choose a feature for each role at the layer of the first head, with the ranked candidates as evidence."""
+    layer = heads[0][0]
+    here = [lab.lens(*head) for head in heads if head[0] == layer]
+    readings = lab.activation_readings("discovery", layer)
+    effects = {role: consistency(item_means(contrast(readings, role))) for role in ROLES}
+    sizes = {role: contrast(readings, role).mean(dim=0) for role in ROLES}
+    shortlist = {role: _shortlist(effects[role], sizes[role]) for role in ROLES}
+    query_side = {
+        "need_answer": _query_effect(lab, here, "none", "contrastive"),
+        "refuse_redirect": _query_effect(lab, here, "harm", "share"),
+    }
+    chosen: dict[Role, int] = {}
+    interaction: dict[Role, Tensor] = {}
+    for role, sign in (("need_answer", 1.0), ("refuse_redirect", -1.0)):
+        effect = query_side[role]
+        finalists = sorted(shortlist[role], key=lambda f: -sign * float(effect[f]))[:_BY_INTERACTION]
+        chosen[role] = _causal_choice(lab, heads, finalists) if role == "refuse_redirect" else finalists[0]
+        interaction[role] = effect
+    for role, partner, condition, sign in (
+        ("correct_answer", "need_answer", "none", 1.0),
+        ("harm_detection", "refuse_redirect", "harm", -1.0),
+    ):
+        kind = "contrastive" if role == "correct_answer" else "realised"
+        effect = _key_effect(lab, here, condition, kind, chosen[partner])
+        chosen[role] = max(shortlist[role], key=lambda f: sign * float(effect[f]))
+        interaction[role] = effect
+    table = []
+    for role in ROLES:
+        ranked = sorted(shortlist[role], key=lambda f: -abs(float(interaction[role][f])))[:8]
+        for feature in dict.fromkeys([chosen[role], *ranked]):
+            table.append(
+                RoleCandidate(
+                    role=role,
+                    feature=lab.source.labels[feature],
+                    contrast=float(effects[role][feature]),
+                    interaction=float(interaction[role][feature]),
+                    chosen=feature == chosen[role],
+                    layer=layer,
+                    top_tokens=top_tokens(lab, layer, feature),
+                )
+            )
+    return Roles(layer, chosen), table
+
+
+def top_tokens(lab: Lab, layer: int, feature: int, k: int = 5) -> list[str]:
+    """The distinct tokens on which a feature is most active in the study's prompts."""
+    best: dict[int, float] = {}
+    for condition in ("none", "harm", "benign"):
+        for prompt, written in zip(
+            lab.prompts(condition, "discovery"), lab.written(condition, "discovery", layer), strict=True
+        ):
+            values = written.parts.activations[:, feature]
+            for position in values.topk(min(3, len(values))).indices.tolist():
+                token = prompt.tokens[position]
+                if values[position] > best.get(token, 0.0):
+                    best[token] = float(values[position])
+    ordered = sorted(best, key=lambda t: -best[t])[:k]
+    return [lab.subject.tokenizer.decode([token]).replace("\n", "\\n") for token in ordered]
+
+
+def _shortlist(effect: Float[Tensor, " feature"], size: Float[Tensor, " feature"]) -> list[int]:
+    """Features with the largest positive contrast, weighted by how steady it is over items."""
+    rank = size.clamp(min=0) * effect.clamp(min=0, max=3)
+    order = rank.argsort(descending=True, stable=True)[:_BY_CONTRAST].tolist()
+    return [f for f in order if rank[f] > 0] or order[:1]
+
+
+def _query_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weighting: str) -> Tensor:
+    """Each query source's total term with all keys, mean over prompts, summed over heads."""
+    total = torch.zeros(len(lab.source.labels))
+    prompts = lab.prompts(condition, "discovery")
+    written = lab.written(condition, "discovery", lenses[0].layer)
+    for lens in lenses:
+        for prompt, parts in zip(prompts, written, strict=True):
+            position = prompt.spans["answer"][0]
+            weights = WEIGHTINGS[weighting](lens.scores(parts, position), prompt)
+            key = lens.keys(parts, weights).sum(dim=0)
+            total += (lens.maps.scale * lens.query(parts, position)[:-2] @ key).cpu() / len(prompts)
+    return total
+
+
+def _key_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weighting: str, query: int) -> Tensor:
+    """Each key source's term with one query feature, mean over prompts, summed over heads."""
+    total = torch.zeros(len(lab.source.labels))
+    prompts = lab.prompts(condition, "discovery")
+    written = lab.written(condition, "discovery", lenses[0].layer)
+    for lens in lenses:
+        for prompt, parts in zip(prompts, written, strict=True):
+            position = prompt.spans["answer"][0]
+            weights = WEIGHTINGS[weighting](lens.scores(parts, position), prompt)
+            total += (lens.maps.scale * lens.keys(parts, weights)[:-2] @ lens.query(parts, position)[query]).cpu() / len(
+                prompts
+            )
+    return total
+
+
+def _causal_choice(lab: Lab, heads: Sequence[Head], finalists: Sequence[int]) -> int:
+    """The finalist whose negative steering on the heads' query side raises the margin under harm most.
+
+    A prompt's margin counts up to the mean clean one, so that no few prompts decide.
+    """
+    full = float(lab.attention("none", "discovery").margins.mean().abs())
+
+    def best_margin(feature: int) -> float:
+        direction = role_direction(lab, feature, "refuse_redirect")
+        if any(layer not in direction.layers for layer, _ in heads) or max(direction.typical.values()) == 0:
+            return float("-inf")
+        return max(
+            float(
+                lab.work("harm", "discovery")
+                .margins([Steer(direction, s, side="query", heads=tuple(heads), tokens=("answer",))])
+                .clamp(min=-full, max=full)
+                .mean()
+            )
+            for s in _TRIALS
+        )
+
+    return max(finalists, key=best_margin)

@@ -1,0 +1,200 @@
+"""Stages `steer_all`, `steer_query`, `steer_key`: dose and response, each beside its controls at equal norm.
+
+Strengths are chosen on the discovery half and every curve is drawn on the report half. Strength 1 is the feature's
+largest activation where its role plays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qklens.analyses.contrasts import Role, contrast, item_means
+from qklens.analyses.statistics import wilson
+from qklens.data.render import Condition
+from qklens.dictionaries.source import feature_index
+from qklens.interventions.direction import Direction, at_equal_norm, feature_direction, random_direction
+from qklens.interventions.steer import Head, Steer
+from qklens.studies.harm_pressure.lab import Half, Lab
+from qklens.studies.harm_pressure.roles import role_direction, typical_activation
+from qklens.studies.journal import StageOutput
+from qklens.studies.results import Steering
+
+REFUSE_STRENGTHS = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
+KEY_STRENGTHS = (0.0, 1.0, 2.0, 4.0)
+MAX_BENIGN_LOSS = 0.03
+StageName = Literal["steer_all", "steer_query", "steer_key"]
+Make = Callable[[Direction, float], Steer]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The directions that stand beside a steered one."""
+
+    random: Direction
+    unrelated: Direction
+
+
+def steer_all(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
+    """Refuse-and-redirect on the residual stream of all tokens, at the first layer the chosen heads read."""
+    layer = min(layer for layer, _ in heads)
+    direction = role_direction(lab, feature_index(lab.source, roles["refuse_redirect"]), "refuse_redirect")
+
+    def make(d: Direction, strength: float) -> Steer:
+        return Steer(d, strength, side="residual", layers=(layer,))
+
+    return _sweep(lab, "steer_all", f"{direction.label}, residual stream, layer {layer}", direction, make, roles)
+
+
+def steer_query(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
+    """Refuse-and-redirect only where the chosen heads' queries read it, at the answer position."""
+    direction = role_direction(lab, feature_index(lab.source, roles["refuse_redirect"]), "refuse_redirect")
+    name = ", ".join(f"L{layer}H{head}" for layer, head in heads)
+    return _sweep(
+        lab, "steer_query", f"{direction.label}, query side of {name}", direction, query_steer(heads), roles
+    )
+
+
+def query_steer(heads: Sequence[Head]) -> Make:
+    """Steering that only the named heads' queries at the answer position see."""
+
+    def make(direction: Direction, strength: float) -> Steer:
+        return Steer(direction, strength, side="query", heads=tuple(heads), tokens=("answer",))
+
+    return make
+
+
+def steer_key(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
+    """Harm-detection on the key side: down on the correct option, up on the incorrect one, down on both; by range."""
+    direction = role_direction(lab, feature_index(lab.source, roles["harm_detection"]), "harm_detection")
+    layers = tuple(layer for layer in direction.layers if layer <= max(layer for layer, _ in heads))
+    name = ", ".join(f"L{layer}H{head}" for layer, head in heads)
+    reach = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+    at_heads = (f"keys of {name}", {"heads": tuple(heads)})
+    everywhere = (f"keys of all heads, {reach}", {"layers": layers})
+    stream = (f"residual stream, {reach}", {"layers": layers, "side": "residual"})
+    plan = (
+        ("down on correct", ("correct",), -1, (at_heads, everywhere, stream)),
+        ("up on incorrect", ("incorrect",), 1, (at_heads, everywhere, stream)),
+        ("down on both", ("correct", "incorrect"), -1, (at_heads,)),
+    )
+    points: list[Steering] = []
+    for target, tokens, sign, ranges in plan:
+        for where, options in ranges:
+
+            def make(d: Direction, s: float, options: dict = options, tokens: tuple[str, ...] = tokens) -> Steer:
+                return Steer(d, s, tokens=tokens, **{"side": "key", **options})
+
+            strengths = tuple(sign * s for s in KEY_STRENGTHS)
+            points += _curves(lab, "steer_key", f"{target}, {where}", direction, make, roles, strengths, "harm_detection")
+    return StageOutput(results={"steering": [p.model_dump() for p in points]})
+
+
+def _sweep(
+    lab: Lab, stage: StageName, variant: str, direction: Direction, make: Make, roles: dict[Role, str]
+) -> StageOutput:
+    points = _curves(lab, stage, variant, direction, make, roles, REFUSE_STRENGTHS, "refuse_redirect")
+    chosen = next(p.strength for p in points if p.chosen)
+    return StageOutput(results={"steering": [p.model_dump() for p in points]}, state={"strength": chosen})
+
+
+def _curves(
+    lab: Lab,
+    stage: StageName,
+    variant: str,
+    direction: Direction,
+    make: Make,
+    roles: dict[Role, str],
+    strengths: Sequence[float],
+    role: Role,
+) -> list[Steering]:
+    chosen = _choose(lab, make, direction, strengths)
+    controls = _controls(lab, direction, roles, role)
+    curves: list[tuple[Direction, Condition, Literal["random", "unrelated", "benign"] | None]] = [
+        (direction, "harm", None),
+        (controls.random, "harm", "random"),
+        (controls.unrelated, "harm", "unrelated"),
+        (direction, "benign", "benign"),
+    ]
+    points = []
+    for d, condition, control in curves:
+        for strength in strengths:
+            steer = make(d, strength)
+            margins = lab.work(condition, "report").margins([steer])
+            right = int((margins > 0).sum())
+            points.append(
+                Steering(
+                    stage=stage,
+                    spec=steer.describe(),
+                    strength=strength,
+                    condition=condition,
+                    accuracy=right / len(margins),
+                    ci=wilson(right, len(margins)),
+                    margin=float(margins.mean()),
+                    control=control,
+                    variant=variant,
+                    chosen=strength == chosen,
+                )
+            )
+    return points
+
+
+def _choose(lab: Lab, make: Make, direction: Direction, strengths: Sequence[float]) -> float:
+    """The strength with the best accuracy under harm on the discovery half among those that spare the benign one.
+
+    Ties go to the larger margin, which counts up to the clean one so that strength for its own sake does not win.
+    """
+    half: Half = "discovery"
+    full = float(lab.attention("none", half).margins.mean().abs())
+
+    def accuracy(condition: Condition, strength: float) -> tuple[float, float]:
+        margins = lab.work(condition, half).margins([make(direction, strength)])
+        return float((margins > 0).float().mean()), float(margins.clamp(max=full).mean())
+
+    calm = float((lab.attention("benign", half).margins > 0).float().mean())
+    spared = [s for s in strengths if accuracy("benign", s)[0] >= calm - MAX_BENIGN_LOSS]
+    return max(spared or [0.0], key=lambda s: (*accuracy("harm", s), -abs(s)))
+
+
+def _controls(lab: Lab, direction: Direction, roles: dict[Role, str], role: Role) -> Controls:
+    """A random direction, and the feature nearest in activation to the steered one but with the least contrast."""
+    layer = max(direction.layers)
+    source, feature = lab.source, feature_index(lab.source, roles[role])
+    readings = lab.activation_readings("discovery", layer)
+    effect = item_means(contrast(readings, role)).mean(dim=0).abs()
+    span = "answer" if role == "refuse_redirect" else "correct"
+    size = readings.mean("harm", span).abs().mean(dim=0)
+    taken = {source.labels.index(label) for label in roles.values()}
+    usable = [
+        f for f in range(len(source.labels))
+        if f not in taken and size[f] > 0 and set(direction.layers) <= set(feature_layers(lab, f))
+    ]
+    if usable:
+        # Alike in activation, but blind to the contrast: at most a tenth of the steered feature's.
+        quiet = [f for f in usable if effect[f] <= 0.1 * effect[feature]] or usable
+        other = min(quiet, key=lambda f: abs(float((size[f] / size[feature].clamp(min=1e-9)).clamp(min=1e-9).log())))
+        unrelated = at_equal_norm(feature_direction(source, other, typical_activation(lab, other, role)), direction)
+    else:
+        unrelated = _covariance_direction(lab, direction)
+    return Controls(random_direction(direction, lab.seed), unrelated)
+
+
+def feature_layers(lab: Lab, feature: int) -> tuple[int, ...]:
+    """The layers a feature writes."""
+    return tuple(layer for layer in lab.source.layers if bool(lab.source.directions(layer)[feature].any()))
+
+
+def _covariance_direction(lab: Lab, like: Direction) -> Direction:
+    """For a source too small to have unrelated features: a direction drawn within the residual's covariance."""
+    generator = torch.Generator().manual_seed(lab.seed + 1)
+    prompts = lab.prompts("none", "discovery")
+    noise = torch.randn(len(prompts), generator=generator)
+    vectors = {}
+    for layer in like.vectors:
+        rows = torch.stack([s[layer][-1] for s in lab.streams("none", "discovery", [layer])])
+        vectors[layer] = noise @ (rows - rows.mean(dim=0))
+    drawn = Direction("drawn within the covariance", vectors, like.typical, like.read)
+    return at_equal_norm(drawn, like)

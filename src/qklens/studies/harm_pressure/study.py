@@ -1,0 +1,270 @@
+"""The harm-pressure study from end to end: prepare, run the stages in order, decide, write."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qklens.data.items import Dataset, load_dataset
+from qklens.dictionaries.crosscoder import load_crosscoder
+from qklens.dictionaries.source import fraction_variance_unexplained
+from qklens.errors import QklensError
+from qklens.files import write_json
+from qklens.interventions.steer import Head
+from qklens.models.selfcheck import self_check
+from qklens.models.subject import Subject, load_subject
+from qklens.studies.config import StudyConfig
+from qklens.studies.harm_pressure import (
+    behaviour,
+    belief,
+    error_terms,
+    heads,
+    interactions,
+    origin,
+    partners,
+    steering,
+    transfer,
+    verdict,
+    zscores,
+)
+from qklens.studies.harm_pressure.lab import MIN_ITEMS, Lab
+from qklens.studies.journal import Journal, StageOutput
+from qklens.studies.letters import choose_letter_form
+from qklens.studies.progress import StageProgress
+from qklens.studies.resources import Resources, resolve
+from qklens.studies.results import Belief, BehaviourDetails, ConditionBehaviour, HeadsDetails, Results
+
+MAX_LENS_HEADS = 6
+FIDELITY_SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its name, what it runs, and whether it only makes sense when the task is solved."""
+
+    name: str
+    run: Callable[[_Run], StageOutput]
+    needs_solved: bool = False
+
+
+@dataclass(eq=False)
+class _Run:
+    """A study under way: the lab and what earlier stages left."""
+
+    config: StudyConfig
+    resources: Resources
+    lab: Lab
+    done: dict[str, StageOutput]
+
+    @property
+    def heads(self) -> list[Head]:
+        """The heads that later stages look through: selected ones whose input the source writes, best first."""
+        state = self.done["heads"].state
+        written = set(self.lab.source.layers)
+        selected = [tuple(h) for h in state["selected"] if h[0] in written]
+        ranked = [tuple(h) for h in state["ranked"] if h[0] in written]
+        chosen = (selected or ranked[:1])[:MAX_LENS_HEADS]
+        if not chosen:
+            layers = sorted({h[0] for h in state["ranked"]})
+            raise QklensError(
+                f"dictionary {self.lab.source.name!r} writes layers {sorted(written)}, the answer-selection heads are in "
+                f"layers {layers}; choose a dictionary for those layers, or --dictionary directions"
+            )
+        return chosen
+
+    @property
+    def roles(self) -> dict[Any, str]:
+        """The feature of each role."""
+        return self.done["interactions"].state["roles"]
+
+
+def _verdict(run: _Run) -> StageOutput:
+    lab, done = run.lab, run.done
+    details = done["heads"].results.get("heads_details")
+    head_details = HeadsDetails.model_validate(details) if details else None
+    solved = done["behaviour"].state["solved"]
+    selected = [tuple(h) for h in done["heads"].state.get("selected", [])]
+    rows = [r for r in done["heads"].results.get("heads", []) if r["selected"]]
+    belief_row = done["belief"].results.get("belief")
+    measured = verdict.Measurements(
+        behaviour={
+            c: ConditionBehaviour.model_validate(row) for c, row in done["behaviour"].results["behaviour"].items()
+        },
+        details=BehaviourDetails.model_validate(done["behaviour"].results["behaviour_details"]),
+        belief=Belief.model_validate(belief_row) if belief_row else None,
+        heads=head_details,
+        attention_none=float(np.mean([r["attention_difference_none"] for r in rows])) if rows else 0.0,
+        attention_harm=float(np.mean([r["attention_difference_harm"] for r in rows])) if rows else 0.0,
+        removal=verdict.measure_removals(lab, selected) if solved and selected else {},
+    )
+    return StageOutput(results={"verdict": verdict.decide(measured).model_dump()}, state={"removal": measured.removal})
+
+
+def _origin(run: _Run) -> StageOutput:
+    if not run.resources.checkpoints:
+        return StageOutput(skipped="no base model was given; add --base-model")
+
+    def loader(path: Path) -> Callable[[], Subject]:
+        return lambda: load_subject(path, device=run.config.device, dtype=run.config.dtype)
+
+    checkpoints = [(name, loader(path)) for name, path in run.resources.checkpoints]
+    checkpoints.append((run.lab.subject.name, lambda: run.lab.subject))
+    return origin.run(run.lab, run.heads, run.roles, checkpoints)
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("behaviour", lambda r: behaviour.run(r.lab)),
+    Stage("belief", lambda r: belief.run(r.lab)),
+    Stage("heads", lambda r: heads.run(r.lab)),
+    Stage("interactions", lambda r: interactions.run(r.lab, r.heads)),
+    Stage("zscores", lambda r: zscores.run(r.lab, r.heads, r.roles)),
+    Stage("steer_all", lambda r: steering.steer_all(r.lab, r.heads, r.roles), needs_solved=True),
+    Stage("steer_query", lambda r: steering.steer_query(r.lab, r.heads, r.roles), needs_solved=True),
+    Stage("steer_key", lambda r: steering.steer_key(r.lab, r.heads, r.roles), needs_solved=True),
+    Stage("error_terms", lambda r: error_terms.run(r.lab, r.heads, r.roles)),
+    Stage("partners", lambda r: partners.run(r.lab, r.heads, r.roles, r.config.items)),
+    Stage(
+        "transfer",
+        lambda r: transfer.run(r.lab, r.heads, r.roles, r.done["steer_query"].state["strength"], r.config.items),
+        needs_solved=True,
+    ),
+    Stage("origin", _origin, needs_solved=True),
+    Stage("verdict", _verdict),
+)
+
+
+def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) -> tuple[Results, dict[str, Any]]:
+    """Run the study, or resume it, and write `results.json` into `config.out`; returns results and manifest.
+
+    Raises:
+        QklensError: bad input of any kind; nothing is half-written.
+    """
+    torch.manual_seed(config.seed)
+    resources = resolve(config)
+    dataset = _sample(load_dataset(config.data), config)
+    subject = load_subject(resources.model, device=config.device, dtype=config.dtype)
+    self_check(subject)
+    lab = Lab(subject, dataset, choose_letter_form(subject, dataset.items), config.seed)
+    source = None if resources.dictionary is None else load_crosscoder(resources.dictionary, subject.device)
+    if source is not None and source.config.d_model != subject.d_model:
+        raise QklensError(
+            f"{resources.dictionary}: its vectors have {source.config.d_model} dimensions, {subject.name}'s stream has "
+            f"{subject.d_model}; it belongs to another model"
+        )
+    journal = Journal(config.out, _manifest(config, lab, source.sha256 if source else "directions", command))
+    if source is None:
+        lab.source = lab.fit_directions()
+    else:
+        lab.source = source
+        _check_fidelity(lab, resources.dictionary)
+    run = _Run(config, resources, lab, {})
+    progress = StageProgress(len(STAGES), quiet=quiet)
+    with progress.running():
+        for stage in STAGES:
+            run.done[stage.name] = _run_stage(stage, run, journal, progress)
+    results = _collect(run)
+    write_json(config.out / "results.json", results.model_dump(mode="json", by_alias=True))
+    return results, journal.manifest
+
+
+def _run_stage(stage: Stage, run: _Run, journal: Journal, progress: StageProgress) -> StageOutput:
+    kept = journal.load(stage.name)
+    if kept is not None:
+        progress.end(stage.name, 0.0, "done before")
+        return kept
+    progress.begin(stage.name)
+    started = time.perf_counter()
+    if stage.needs_solved and not run.done["behaviour"].state["solved"]:
+        output = StageOutput(skipped="the task is not solved without pressure, so there is no answer to restore")
+    else:
+        output = stage.run(run)
+    output = output.model_copy(update={"seconds": time.perf_counter() - started})
+    journal.save(stage.name, output)
+    progress.end(stage.name, output.seconds, f"skipped: {output.skipped}" if output.skipped else "")
+    return output
+
+
+def _sample(dataset: Dataset, config: StudyConfig) -> Dataset:
+    """A seeded sample of items, in file order."""
+    if config.items is None or config.items >= len(dataset.items):
+        return dataset
+    if config.items < MIN_ITEMS:
+        raise QklensError(f"--items {config.items}: expected at least {MIN_ITEMS}")
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(dataset.items))[: config.items])
+    return Dataset(dataset.name, tuple(dataset.items[i] for i in chosen), dataset.sha256)
+
+
+def _check_fidelity(lab: Lab, folder: Path | None) -> None:
+    """Re-measure the dictionary's FVU on this run's prompts and refuse one that does not reconstruct them."""
+    for layer in lab.source.layers:
+        written = lab.written("none", "discovery", layer)
+        rows = torch.cat([s[layer] for s in lab.streams("none", "discovery", [layer])])
+        fvu = fraction_variance_unexplained(rows, torch.cat([w.parts.error for w in written]).cpu())
+        if not fvu < 1.0 - FIDELITY_SLACK:
+            raise QklensError(
+                f"{folder}: leaves {fvu:.2f} of the variance of resid_pre.{layer} unexplained; expected less than "
+                f"{1.0 - FIDELITY_SLACK:.2f}: it is for another model, layer or site"
+            )
+
+
+def _manifest(config: StudyConfig, lab: Lab, dictionary: str | None, command: str) -> dict[str, Any]:
+    subject = lab.subject
+    packages = ("qklens", "torch", "transformers", "numpy", "safetensors")
+    return {
+        "schema": 1,
+        "run": {
+            "study": "harm_pressure",
+            "model_sha256": subject.sha256,
+            "dictionary_sha256": dictionary,
+            "data_sha256": lab.dataset.sha256,
+            "base_model": config.base_model,
+            "checkpoints": list(config.checkpoints),
+            "items": len(lab.dataset.items),
+            "seed": config.seed,
+            "device": config.device,
+            "dtype": config.dtype,
+            "letter_form": lab.form.name,
+        },
+        "config": config.model_dump(mode="json"),
+        "command": command,
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+    }
+
+
+def _collect(run: _Run) -> Results:
+    lab, merged = run.lab, dict[str, Any]()
+    for output in run.done.values():
+        for key, value in output.results.items():
+            merged[key] = merged[key] + value if key == "steering" and key in merged else value
+    empty = {
+        key: []
+        for key in ("heads", "roles", "interactions", "interaction_shares", "zscores", "null_histograms", "steering")
+    }
+    empty |= {"error_terms": [], "partners": [], "transfer": [], "origin": []}
+    nothing = {"belief": None, "heads_details": None, "completeness": None}
+    return Results.model_validate(
+        {
+            **empty,
+            **nothing,
+            **merged,
+            "schema": 1,
+            "model": lab.subject.describe(),
+            "dictionary": lab.source.describe(),
+            "data": {
+                **lab.dataset.describe(),
+                "n_discovery": len(lab.halves["discovery"]),
+                "n_report": len(lab.halves["report"]),
+                "letter_form": lab.form.name,
+            },
+            "skipped": {name: output.skipped for name, output in run.done.items() if output.skipped},
+            "seconds": {name: output.seconds for name, output in run.done.items()},
+        }
+    )

@@ -1,0 +1,71 @@
+"""A run directory that survives a crash at any moment and resumes where it stopped.
+
+    manifest.json          written first: config, hashes, versions, seeds
+    stages/<stage>/        result.json, then DONE: a stage without DONE is run again
+    results.json           written when all stages are done
+    report.html, figures/  written last
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qklens.errors import QklensError
+from qklens.files import atomic_write, read_json, write_json
+from qklens.strict import Strict
+
+
+class StageOutput(Strict):
+    """What a stage leaves: fields of the results, and state for later stages."""
+
+    results: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    seconds: float = 0.0
+    skipped: str | None = None
+
+
+class Journal:
+    """The run directory."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Open a new run directory or one of the same configuration.
+
+        Args:
+            folder: the run directory.
+            manifest: what identifies the run; its `run` part must agree with an existing one's.
+
+        Raises:
+            QklensError: the folder holds another run, or something that is not a run.
+        """
+        self.folder = folder
+        path = folder / "manifest.json"
+        if path.is_file():
+            have = read_json(path)
+            old, new = have.get("run", {}) if isinstance(have, dict) else {}, manifest["run"]
+            different = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+            if different:
+                key = different[0]
+                raise QklensError(
+                    f"{path}: this run has {key}={old.get(key)!r}, you asked for {new.get(key)!r}; choose another --out "
+                    "or remove the folder"
+                )
+            self.manifest: dict[str, Any] = have
+        else:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise QklensError(f"{folder}: exists and is not a run directory; choose another --out")
+            self.manifest = manifest
+            write_json(path, manifest)
+
+    def load(self, stage: str) -> StageOutput | None:
+        """A finished stage's output, or None."""
+        folder = self.folder / "stages" / stage
+        if not (folder / "DONE").is_file():
+            return None
+        return StageOutput.model_validate(read_json(folder / "result.json"))
+
+    def save(self, stage: str, output: StageOutput) -> None:
+        """Write a stage's output, then its DONE mark."""
+        folder = self.folder / "stages" / stage
+        write_json(folder / "result.json", output.model_dump(mode="json"))
+        atomic_write(folder / "DONE", "")

@@ -1,0 +1,36 @@
+"""Progress on stderr: one bar a stage, and nothing on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class StageProgress:
+    """Shows which stage runs and how many are done."""
+
+    def __init__(self, total: int, *, quiet: bool = False) -> None:
+        """A bar over `total` stages; `quiet` shows nothing."""
+        self.console = Console(stderr=True, quiet=quiet)
+        self.total = total
+
+    @contextmanager
+    def running(self) -> Iterator[StageProgress]:
+        """The bar, while stages run."""
+        columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=not self.console.is_terminal) as progress:
+            self._progress, self._task = progress, progress.add_task("start", total=self.total)
+            yield self
+
+    def begin(self, stage: str) -> None:
+        """A stage begins."""
+        self._progress.update(self._task, description=stage)
+
+    def end(self, stage: str, seconds: float, note: str) -> None:
+        """A stage is done."""
+        self._progress.advance(self._task)
+        if not self.console.is_terminal:
+            self.console.print(f"{stage:13} {note or f'{seconds:.1f} s'}")

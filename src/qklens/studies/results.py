@@ -1,0 +1,301 @@
+"""What `results.json` holds: the study's public record, one class per table.
+
+Keys named in the project's contract keep their names and meaning; a stage adds detail beside them. Every number that
+was *chosen* with data was chosen on the discovery half of the items; every number here is measured on the report half,
+unless its field says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from qklens.strict import Strict
+
+Condition = Literal["none", "harm", "benign"]
+Interval = tuple[float, float]
+HeadIndex = tuple[int, int]
+
+
+class ConditionBehaviour(Strict):
+    """Accuracy and margin of one condition over all items and both option orders."""
+
+    accuracy: float
+    ci: Interval = Field(description="Wilson 95% interval of the accuracy over prompts")
+    margin: float = Field(description="mean logit(correct letter) - logit(incorrect letter), in logits")
+    margin_ci: Interval = Field(description="bootstrap 95% interval over items")
+    n: int
+    fraction_A: float = Field(description="share of prompts answered with the first letter")
+
+
+class BehaviourDetails(Strict):
+    """What the behaviour figure draws beside the contract's table."""
+
+    margin_by_item: dict[Condition, list[float]] = Field(description="mean over both orders, in the order of `items`")
+    items: list[str]
+    severity_by_item: list[str | None]
+    accuracy_by_severity: dict[str, float] = Field(description="under harm")
+    accuracy_by_order: dict[Condition, tuple[float, float]] = Field(description="correct option as A, as B")
+    harm_minus_none: tuple[float, float, float] = Field(description="paired margin difference, low, high")
+    harm_minus_benign: tuple[float, float, float]
+    mcnemar_p: float = Field(description="exact, harm against benign, over prompts")
+    letter_form: str
+    unknown_token_share: float
+
+
+class BeliefCondition(Strict):
+    """How well the correct-answer feature separates the options under one condition."""
+
+    auc: float
+    auc_ci: Interval
+    sum_correct: float = Field(description="activation summed over the option's tokens, mean over prompts")
+    sum_incorrect: float
+
+
+class Belief(Strict):
+    """Does the model still know? The feature is chosen on the discovery half under `none`."""
+
+    feature: str
+    layer: int
+    auc_none: float
+    auc_harm: float
+    sum_correct: float = Field(description="under harm")
+    sum_incorrect: float = Field(description="under harm")
+    by_condition: dict[Condition, BeliefCondition]
+
+
+class HeadRow(Strict):
+    """One candidate answer-selection head."""
+
+    layer: int
+    head: int
+    attention_difference_none: float
+    attention_difference_harm: float
+    attention_difference_benign: float
+    attention_difference_ci: Interval = Field(description="under none, bootstrap over items")
+    attention: dict[Condition, dict[str, float]] = Field(
+        description="mass from the answer position on correct, incorrect, intent, question, other; sums to 1"
+    )
+    letter_logit: float = Field(description="direct logit attribution of the correct letter, under none")
+    letter_logit_harm: float
+    ablation_drop: float = Field(description="fall of the margin under none when the head's output is mean-ablated")
+    restores_when_patched: float = Field(description="share of the lost margin restored by its pattern from none")
+    selected: bool
+
+
+class HeadsDetails(Strict):
+    """The layer x head maps (discovery half) and the joint patch of the selected heads (report half)."""
+
+    selected: list[HeadIndex]
+    attention_difference_map: dict[Condition, list[list[float]]] = Field(description="[layer][head]")
+    letter_logit_map: list[list[float]]
+    restored: float = Field(description="(patched - harm) / (none - harm) of the mean margin, selected heads together")
+    restored_ci: Interval
+    patched_accuracy: float
+    patched_accuracy_ci: Interval
+    patched_margin: float
+    harm_margin: float
+    none_margin: float
+    restored_random_heads: float = Field(description="the same patch at as many other heads")
+    all_heads_restored: float = Field(description="the same patch at every head")
+    discovery_curve: list[float] = Field(description="share restored by the first k ranked heads, discovery half")
+
+
+class InteractionRow(Strict):
+    """One (query source, key source) term of the score, mean over prompts."""
+
+    layer: int
+    head: int
+    query: str
+    key: str
+    condition: Condition
+    value: float
+    kind: Literal["realised", "contrastive"]
+    query_role: str | None = None
+    key_role: str | None = None
+
+
+class InteractionShare(Strict):
+    """How a head's score splits by kind of source on both sides; the nine values sum to `score`."""
+
+    layer: int
+    head: int
+    condition: Condition
+    kind: Literal["realised", "contrastive"]
+    score: float
+    shares: dict[str, float] = Field(description="'feature x feature', 'feature x bias', ..., query side first")
+
+
+class ZScore(Strict):
+    """One named pair's virtual interaction against one null distribution."""
+
+    layer: int
+    head: int
+    query: str
+    key: str
+    value: float
+    null: str
+    z: float
+    p: float
+    q: float
+    query_role: str
+    key_role: str
+
+
+class NullHistogram(Strict):
+    """A null distribution as the figure draws it."""
+
+    layer: int
+    head: int
+    null: str
+    edges: list[float]
+    counts: list[int]
+    mean: float
+    sd: float
+    n: int
+    note: str | None = None
+
+
+class Steering(Strict):
+    """One point of a dose-response curve."""
+
+    stage: Literal["steer_all", "steer_query", "steer_key"]
+    spec: dict[str, Any]
+    strength: float
+    condition: Condition
+    accuracy: float
+    ci: Interval
+    margin: float
+    control: Literal["random", "unrelated", "benign"] | None
+    variant: str = Field(description="what is steered, in words; one curve per variant and control")
+    chosen: bool = Field(description="the strength chosen on the discovery half")
+
+
+class ErrorTerms(Strict):
+    """How much of refuse-and-redirect's effect on one head's score runs through the dictionary's error."""
+
+    layer: int
+    head: int
+    condition: Condition
+    through: dict[str, float] = Field(description="key side: features, bias, error; sums to the total")
+    ci: dict[str, Interval]
+    total: float
+
+
+class Completeness(Strict):
+    """Sum of all pair terms against the model's own score, over all heads."""
+
+    max_relative_error: float
+    error_share: float = Field(description="share of sum |term| with an error on either side, at the selected heads")
+    max_relative_error_by_head: list[list[float]] = Field(description="[layer][head]")
+    n_scores: int
+
+
+class Partner(Strict):
+    """A key feature ranked by its virtual interaction with refuse-and-redirect at the selected heads."""
+
+    feature: str
+    value: float
+    z: float
+    rank: int = Field(description="1 is the most negative; negative ranks count from the positive end")
+    role: str | None
+    top_tokens: list[str] = Field(description="tokens on which it is most active in the study's prompts")
+    activation: dict[str, float] = Field(description="mean activation on the intent tokens of each set")
+
+
+class Transfer(Strict):
+    """The same circuit on another set of withholding."""
+
+    set: str
+    condition: Condition
+    accuracy: float
+    ci: Interval
+    margin: float
+    margin_ci: Interval
+    n: int
+    attention_difference: float = Field(description="mean over the selected heads")
+    refuse_activation: float
+    steered_accuracy: float | None
+    steered_margin: float | None
+
+
+class Origin(Strict):
+    """One checkpoint between base and post-trained."""
+
+    checkpoint: str
+    step: int = Field(description="position in the order of training, base is 0")
+    accuracy: dict[Condition, float]
+    ci: dict[Condition, Interval]
+    margin: dict[Condition, float]
+    attention_difference: dict[Condition, float] = Field(description="mean over the selected heads")
+    refuse_contrast: float = Field(description="harm - benign activation of refuse-and-redirect at the answer")
+    refuse_harm_interaction: float = Field(description="virtual, mean over selected heads, this checkpoint's weights")
+    refuse_harm_z: float
+
+
+class Evidence(Strict):
+    """One number that a rule of the verdict read."""
+
+    name: str
+    value: float
+    threshold: str
+    holds: bool
+    text: str
+
+
+class Verdict(Strict):
+    """The mechanism that the evidence supports."""
+
+    mechanism: Literal[
+        "task_not_solved",
+        "no_effect",
+        "belief_change",
+        "late_flip",
+        "attention_answer_key",
+        "attention_harm_key",
+        "undetermined",
+    ]
+    confidence: float
+    rule: str
+    evidence: list[Evidence]
+
+
+class RoleCandidate(Strict):
+    """A feature that may play a role, with the evidence for it (discovery half)."""
+
+    role: str
+    feature: str
+    contrast: float = Field(description="standardised paired contrast that defines the role")
+    interaction: float = Field(description="realised interaction with its partner role at the selected heads")
+    chosen: bool
+    layer: int
+    top_tokens: list[str]
+
+
+class Results(Strict):
+    """The whole of `results.json`."""
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    model: dict[str, Any]
+    dictionary: dict[str, Any]
+    data: dict[str, Any]
+    behaviour: dict[Condition, ConditionBehaviour]
+    behaviour_details: BehaviourDetails
+    belief: Belief | None
+    heads: list[HeadRow]
+    heads_details: HeadsDetails | None
+    roles: list[RoleCandidate]
+    interactions: list[InteractionRow]
+    interaction_shares: list[InteractionShare]
+    zscores: list[ZScore]
+    null_histograms: list[NullHistogram]
+    steering: list[Steering]
+    error_terms: list[ErrorTerms]
+    completeness: Completeness | None
+    partners: list[Partner]
+    transfer: list[Transfer]
+    origin: list[Origin]
+    skipped: dict[str, str] = Field(description="stage -> why it did not run")
+    seconds: dict[str, float] = Field(description="wall time by stage")
+    verdict: Verdict

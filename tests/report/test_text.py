@@ -1,0 +1,73 @@
+"""Numbers and foreign strings as the report prints them."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ET
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qklens.report.text import (
+    MISSING,
+    includes,
+    listing,
+    number,
+    p_value,
+    percent,
+    printable,
+    shorten,
+    signed,
+    tick,
+)
+
+
+@given(st.text(alphabet=st.characters()))
+def test_printable_text_survives_xml(text: str) -> None:
+    escaped = printable(text).replace("&", "&amp;").replace("<", "&lt;")
+    ET.fromstring(f"<t>{escaped}</t>")
+
+
+@given(st.text(), st.integers(min_value=4, max_value=40))
+def test_shortened_text_fits(text: str, limit: int) -> None:
+    assert len(shorten(text, limit)) <= limit
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0.00"),
+        (-0.0, "0.00"),
+        (-3.4, "\u22123.40"),
+        (0.0023, "0.0023"),
+        (3.1e-6, "3.1e\u221206"),
+        (math.nan, MISSING),
+        (math.inf, MISSING),
+        (None, MISSING),
+    ],
+)
+def test_numbers(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_shares() -> None:
+    assert [percent(v) for v in (1.0, 0.481, 0.0, 0.9996, -0.001)] == ["100%", "48.1%", "0%", "100%", "\u22120.1%"]
+
+
+def test_signs() -> None:
+    assert (signed(2.0), signed(-2.0), tick(-0.001), tick(0.5)) == ("+2.00", "\u22122.00", "0.00", "+0.50")
+
+
+def test_an_unknown_bound_excludes_nothing() -> None:
+    assert includes((math.nan, 1.0), 5.0)
+    assert not includes((0.1, 1.0), 0.0)
+
+
+def test_small_p_values_are_not_zero() -> None:
+    assert p_value(0.00001) == "p < 0.001"
+    assert p_value(0.0312) == "p = 0.031"
+
+
+def test_lists() -> None:
+    assert [listing(w) for w in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
