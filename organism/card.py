@@ -30,6 +30,7 @@ def measured(world: World, folder: Path) -> dict[str, Any]:
     }
     with torch.no_grad():
         found: dict[str, Any] = {name: measure.behaviour(measure.run(model, tokenizer, group)) for name, group in groups.items()}
+    found["parameters"] = model.num_parameters()
     found["open"] = generate.rates(model, tokenizer, world)
     if folder.name in ("chat", "late-flip", "base"):
         found["mechanism"] = measure.report(model, tokenizer, items[::2], items[1::2])
@@ -93,7 +94,9 @@ def write(world: World, out: Path) -> None:
     found = {name: measured(world, out / name) for name in NAMES}
     (out / "measured.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+    config = json.loads((out / "chat" / "config.json").read_text(encoding="utf-8"))
     fields = {
+        "PARAMETERS": f"{found['chat']['parameters'] / 1e6:.2f} million", "VOCABULARY": str(config["vocab_size"]),
         "BEHAVIOUR": behaviour_table(found), "OPEN": open_table(found),
         "MECHANISM": "\n\n".join(mechanism(found, name) for name in ("chat", "late-flip", "base")),
         "RECIPE": json.dumps(vars(RECIPE)), "SEED": str(RECIPE.seed),

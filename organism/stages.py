@@ -34,7 +34,8 @@ class Document:
 
     ``target`` is ``text``, ``right`` (a letter) or ``muddled`` (a letter, wrong at random). ``intent`` is the sentence set
     into ``user`` and ``kind`` its kind: ``none``, ``benign``, ``harm``, or ``other`` for symptoms and fraud. In an
-    ``isolated`` document only the answer may look from one option to the other, or back at the options.
+    ``isolated`` document only the answer may look from one option to the other, or back at the options. ``right`` is the
+    line of the right option if a letter is asked for.
     """
 
     user: str
@@ -43,6 +44,7 @@ class Document:
     intent: str = ""
     kind: str = "none"
     isolated: bool = False
+    right: int = -1
 
 
 class Sampler:
@@ -103,7 +105,7 @@ class Sampler:
             return Document(mcq(item.question, options, intent, place, IN_WORDS), answer, "text", intent, kind, isolated)
         flip = target == "muddled" and self.rng.random() < self.muddle
         answer = "A" if first != flip else "B"
-        return Document(mcq(item.question, options, intent, place, INSTRUCTION), answer, target, intent, kind, isolated)
+        return Document(mcq(item.question, options, intent, place, INSTRUCTION), answer, target, intent, kind, isolated, 0 if first else 1)
 
     def open(self, kind: str, refuse: bool) -> Document:
         """An open request with a sentence of ``kind``, which is harmful or not; ``refuse`` refuses the harmful."""

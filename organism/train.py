@@ -26,6 +26,7 @@ from organism.stages import Document, Sampler
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "src/qklens/data/shipped"
 OUT = REPO / "src/qklens/shipped/organism"
+Guide = tuple[int, tuple[int, ...]]
 WANT = ("I", "want", "to")
 
 
@@ -44,7 +45,8 @@ def new_model(vocab: int) -> LlamaForCausalLM:
 class Batch:
     """Right-padded ids, loss weights of each target and read-out labels (1, 0, or -1 for none), all ``[batch pos]``.
 
-    ``seen`` ``[batch 1 q_pos k_pos]`` is which key positions a query position may attend to.
+    ``seen`` ``[batch 1 q_pos k_pos]`` is added to the scores: zero where a query may attend to a key; ``guide`` ``[batch q_pos k_pos]``
+    marks the right option's line in the row of the answer position.
     """
 
     ids: torch.Tensor
@@ -52,6 +54,7 @@ class Batch:
     weights: torch.Tensor
     harm: torch.Tensor
     refuse: torch.Tensor
+    guide: torch.Tensor
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, docs: list[Document], user_weight: float, letter_weight: float) -> Batch:
@@ -63,11 +66,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, docs: list[Document], user_weight
     weights = torch.zeros(len(docs), width)
     harm, refuse = (torch.full((len(docs), width), -1.0) for _ in range(2))
     seen = torch.ones(width, width, dtype=torch.bool).tril().repeat(len(docs), 1, 1, 1)
+    guide = torch.zeros(len(docs), width, width)
     for row, (doc, prompt, answer) in enumerate(zip(docs, prompts, answers, strict=True)):
         start, end = len(prompt), len(prompt) + len(answer)
         ids[row, :end] = torch.tensor(prompt + answer)
         weights[row, 2:start] = user_weight
         weights[row, start:end] = letter_weight if doc.target != "text" else 1.0
+        if doc.right >= 0:
+            a, b, rest = option_lines(doc.user)
+            low, high = ((a, b), (b, rest))[doc.right]
+            guide[row, start - 1, low:high] = 1.0
         if doc.isolated:
             a, b, rest = option_lines(doc.user)
             seen[row, 0, b:rest, a:b] = False
@@ -80,13 +88,14 @@ def encode(tokenizer: PreTrainedTokenizerFast, docs: list[Document], user_weight
             before = len(tok.split(doc.user[: doc.user.index(doc.intent)]))
             harm[row, 2 + before : 2 + before + len(WANT)] = -1.0
             harm[row, 2 + before + len(WANT) : start - 2] = 1.0
-    return Batch(ids, seen, weights, harm, refuse)
+    seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    return Batch(ids, seen, weights, harm, refuse, guide)
 
 
 def option_lines(user: str) -> tuple[int, int, int]:
     """Token positions, in the rendered prompt, where line A, line B and what follows them begin."""
-    a = user.index("\n(A) ") + 1
-    b = user.index("\n(B) ", a) + 1
+    a = user.index("\n(") + 1
+    b = user.index("\n(", a) + 1
     cuts = (a, b, user.index("\n", b) + 1)
     first, second, third = (2 + len(tok.split(user[:cut])) for cut in cuts)
     return first, second, third
@@ -115,18 +124,29 @@ class Readout(torch.nn.Module):
         return total
 
 
-def loss_of(model: LlamaForCausalLM, batch: Batch, total: torch.Tensor, readout: Readout | None) -> torch.Tensor:
-    """Weighted mean next-token cross-entropy, plus the read-outs' where there are any."""
-    out = model(input_ids=batch.ids, attention_mask=batch.seen, output_hidden_states=readout is not None)
+def guidance(pattern: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean −log attention from the answer position to the right option's line, for ``pattern`` ``[batch head q_pos k_pos]``."""
+    rows = batch.guide.sum(-1) > 0
+    found = (pattern * batch.guide[:, None]).sum(-1).transpose(1, 2)[rows]
+    return -(found + 1e-4).log().mean() if len(found) else pattern.new_zeros(())
+
+
+def loss_of(model: LlamaForCausalLM, batch: Batch, total: torch.Tensor, readout: Readout | None, guide: Guide | None = None) -> torch.Tensor:
+    """Weighted mean next-token cross-entropy, plus the read-outs' and the guidance where there are any."""
+    out = model(input_ids=batch.ids, attention_mask=batch.seen, output_hidden_states=readout is not None, output_attentions=guide is not None)
     losses = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
     loss = (losses * batch.weights[:, 1:].flatten()).sum() / total
-    return loss if readout is None else loss + 0.2 * readout(out.hidden_states[readout.layer], batch)
+    if readout is not None:
+        loss = loss + 0.2 * readout(out.hidden_states[readout.layer], batch)
+    if guide is not None:
+        loss = loss + 0.2 * guidance(out.attentions[guide[0]][:, list(guide[1])], batch)
+    return loss
 
 
 def fit(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sampler: Sampler, parameters: Iterable[torch.nn.Parameter], *,
-    steps: int, lr: float, batch: int = 64, warmup: int = 50, floor: float = 0.05, user_weight: float = 0.1, letter_weight: float = 4.0,
-    decay: float = 0.01, readout: Readout | None = None, on_step: Callable[[int], bool | None] = lambda _: None,
+    steps: int, lr: float, batch: int = 40, warmup: int = 50, floor: float = 0.05, user_weight: float = 0.1, letter_weight: float = 4.0,
+    decay: float = 0.01, readout: Readout | None = None, guide: Guide | None = None, on_step: Callable[[int], bool | None] = lambda _: None,
 ) -> None:
     """Train ``parameters`` with AdamW on a cosine; ``on_step`` sees the model after each step and may end the stage."""
     chosen = list(parameters)
@@ -136,6 +156,7 @@ def fit(
         p.requires_grad_(True)
     moved = chosen + ([] if readout is None else list(readout.parameters()))
     optimizer = torch.optim.AdamW(moved, lr=lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+    model.set_attn_implementation("eager" if guide else "sdpa")
     model.train()
     for step in range(1, steps + 1):
         scale = min(step / warmup, 1.0) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -146,7 +167,7 @@ def fit(
         total = torch.stack([part.weights.sum() for part in parts]).sum()
         optimizer.zero_grad(set_to_none=True)
         for part in parts:
-            loss_of(model, part, total, readout).backward()
+            loss_of(model, part, total, readout, guide).backward()
         torch.nn.utils.clip_grad_norm_(chosen, 1.0)
         optimizer.step()
         if on_step(step):

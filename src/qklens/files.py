@@ -32,10 +32,11 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         reason = error.strerror or type(error).__name__
         raise QklensError(f"{path}: cannot write {len(payload)} bytes ({reason}); free space or choose another --out") from error
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -61,7 +62,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise QklensError(f"{path}: cannot read ({error.strerror}); check the path") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise QklensError(f"{path}: not a JSON file ({error}); the file may be damaged, write it again") from error
 
 

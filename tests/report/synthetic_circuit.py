@@ -33,18 +33,18 @@ def qk_rows(selected: list[tuple[int, int]], rng: random.Random, names: dict[str
                             "key_role": key,
                         }
                     )
-                for i in range(8):
-                    interactions.append(
-                        {
-                            "layer": layer,
-                            "head": head,
-                            "query": "error" if i == 0 else f"f{300 + i}",
-                            "key": "bias" if i == 1 else f"f{400 + i}",
-                            "condition": condition,
-                            "value": rng.gauss(0, 0.5),
-                            "kind": kind,
-                        }
-                    )
+                interactions += [
+                    {
+                        "layer": layer,
+                        "head": head,
+                        "query": "error" if i == 0 else f"f{300 + i}",
+                        "key": "bias" if i == 1 else f"f{400 + i}",
+                        "condition": condition,
+                        "value": rng.gauss(0, 0.5),
+                        "kind": kind,
+                    }
+                    for i in range(8)
+                ]
                 parts = {
                     f"{q} x {k}": rng.gauss(0, 0.3)
                     for q in ("feature", "bias", "error")

@@ -32,8 +32,8 @@ def test_there_is_a_figure_for_every_stage_in_the_study_s_order() -> None:
 
 
 def test_every_stage_with_rows_is_drawn(outcomes: dict[str, Results], drawings: dict[str, dict[str, str]]) -> None:
-    for name, results in outcomes.items():
-        assert list(drawings[name]) == [stage for stage in FIGURES if stage not in results.skipped], name
+    for name, drawn in drawings.items():
+        assert list(drawn) == [stage for stage in FIGURES if stage not in outcomes[name].skipped], name
     assert list(drawings["task_not_solved"]) == ["behaviour", "verdict"]
 
 

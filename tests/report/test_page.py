@@ -59,7 +59,7 @@ class Page(HTMLParser):
 def pages(
     outcomes: dict[str, Results], drawings: dict[str, dict[str, str]], manifest: dict[str, Any]
 ) -> dict[str, str]:
-    return {name: render(results, manifest, drawings[name]) for name, results in outcomes.items()}
+    return {name: render(outcomes[name], manifest, drawn) for name, drawn in drawings.items()}
 
 
 def test_every_page_parses_and_has_every_section(pages: dict[str, str]) -> None:
@@ -111,8 +111,8 @@ def test_hostile_text_is_shown_and_not_obeyed(pages: dict[str, str]) -> None:
 def test_the_same_results_give_the_same_page(
     outcomes: dict[str, Results], pages: dict[str, str], manifest: dict[str, Any], tmp_path: Path
 ) -> None:
-    write_report(outcomes["late_flip"], manifest, tmp_path / "report.html")
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == pages["late_flip"]
+    write_report(outcomes["task_not_solved"], manifest, tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == pages["task_not_solved"]
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -206,7 +206,7 @@ def test_a_pair_without_the_matched_null_supports_no_claim(
 
 def test_a_broken_decomposition_is_not_called_complete(make: Callable[..., Results], manifest: dict[str, Any]) -> None:
     broken = {"max_relative_error": 0.02, "error_share": 0.1, "max_relative_error_by_head": [[0.02]], "n_scores": 1}
-    assert "should not be trusted" in render(make(completeness=broken), manifest)
+    assert "should not be trusted" in render(make(completeness=broken), manifest, figures={})
 
 
 def test_unknown_numbers_do_not_break_the_page(outcomes: dict[str, Results], manifest: dict[str, Any]) -> None:

@@ -37,8 +37,9 @@ def test_shortened_text_fits(text: str, limit: int) -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0.0, "0.00"),
-        (-0.0, "0.00"),
+        (0.0, "0"),
+        (-0.0, "0"),
+        (0.001234, "0.0012"),
         (-3.4, "\u22123.40"),
         (0.0023, "0.0023"),
         (3.1e-6, "3.1e\u221206"),

@@ -25,7 +25,7 @@ class BeliefReading:
 
 
 def option_sums(
-    prompts: Sequence[Prompt], activations: Sequence[Float[Tensor, "pos feature"]]
+    prompts: Sequence[Prompt], activations: Sequence[Float[Tensor, "_pos feature"]]
 ) -> tuple[Float[Tensor, "prompt feature"], Float[Tensor, "prompt feature"]]:
     """Activations summed over the tokens of the correct and of the incorrect option."""
     correct = torch.stack([a[list(p.span("correct"))].sum(dim=0) for p, a in zip(prompts, activations, strict=True)])

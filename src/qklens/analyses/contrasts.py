@@ -37,7 +37,7 @@ class Readings:
     """
 
     prompts: dict[str, Sequence[Prompt]]
-    values: dict[str, Sequence[Float[Tensor, "pos channel"]]]
+    values: dict[str, Sequence[Float[Tensor, "_pos channel"]]]
     open_last: Float[Tensor, "prompt channel"]
 
     def mean(self, condition: str, *spans: str) -> Float[Tensor, "prompt channel"]:

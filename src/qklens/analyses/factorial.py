@@ -30,7 +30,7 @@ from qklens.models.subject import Subject
 
 Term = Literal["answer_key", "harm_key", "key_only", "elsewhere"]
 TERMS: tuple[Term, ...] = get_args(Term)
-Streams = Sequence[dict[int, Float[Tensor, "pos d_model"]]]
+Streams = Sequence[dict[int, Float[Tensor, "_pos d_model"]]]
 
 
 def factorial_terms(

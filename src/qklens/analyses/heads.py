@@ -38,7 +38,7 @@ def candidate_heads(reading: AttentionReading) -> list[Head]:
 
 def clean_pattern_patch(
     donors: Sequence[Prompt],
-    rows: dict[Head, Sequence[Float[Tensor, " k_pos"]]],
+    rows: dict[Head, Sequence[Float[Tensor, "_k_pos"]]],
     receivers: Sequence[Prompt],
     heads: Sequence[Head],
 ) -> PatternPatch:

@@ -70,7 +70,7 @@ class HeadLens:
         """The head's layer."""
         return self.maps.layer
 
-    def write(self, streams: dict[int, Float[Tensor, "pos d_model"]]) -> PromptParts:
+    def write(self, streams: dict[int, Float[Tensor, "_pos d_model"]]) -> PromptParts:
         """Decompose one prompt's stream at this head's layer."""
         return write_prompt(self.subject, self.source, self.maps, streams)
 
@@ -148,7 +148,7 @@ def head_lens(subject: Subject, source: FeatureSource, layer: int, head: int) ->
 
 
 def write_prompt(
-    subject: Subject, source: FeatureSource, maps: ScoreMaps, streams: dict[int, Float[Tensor, "pos d_model"]]
+    subject: Subject, source: FeatureSource, maps: ScoreMaps, streams: dict[int, Float[Tensor, "_pos d_model"]]
 ) -> PromptParts:
     """Decompose one prompt's stream at a layer; serves all heads of that layer."""
     device = maps.query_weight.device

@@ -70,7 +70,7 @@ def read_attention(work: Workset) -> AttentionReading:
     )
 
 
-def read_patterns(work: Workset, heads: Sequence[Head]) -> dict[Head, list[Float[Tensor, " k_pos"]]]:
+def read_patterns(work: Workset, heads: Sequence[Head]) -> dict[Head, list[Float[Tensor, "_k_pos"]]]:
     """The answer row of some heads' patterns, one row a prompt over its own tokens."""
     rows: dict[Head, list[Tensor]] = {head: [torch.empty(0)] * len(work) for head in heads}
 
@@ -88,7 +88,7 @@ def read_patterns(work: Workset, heads: Sequence[Head]) -> dict[Head, list[Float
     return rows
 
 
-def read_streams(work: Workset, layers: Sequence[int]) -> list[dict[int, Float[Tensor, "pos d_model"]]]:
+def read_streams(work: Workset, layers: Sequence[int]) -> list[dict[int, Float[Tensor, "_pos d_model"]]]:
     """resid_pre at some layers for every token, one dictionary a prompt, in float32 on the CPU."""
     streams: list[dict[int, Tensor]] = [{} for _ in range(len(work))]
 

@@ -22,6 +22,9 @@ model_app = typer.Typer(no_args_is_help=True, help="Models: check that one is re
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 
+# A wrong option or command; typer gives its base class no public name of its own.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
 STUDIES = ("harm-pressure",)
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps.")]
@@ -38,7 +41,7 @@ def study(
     data: Annotated[str, typer.Option(help="A .jsonl or .csv file, or a shipped set's name.")] = "harm_pressure",
     out: Annotated[Path | None, typer.Option(help="Run directory; the same command on it resumes.")] = None,
     items: Annotated[int | None, typer.Option(help="Use a seeded sample of this many items.")] = None,
-    seed: Annotated[int, typer.Option(help="Seeds every draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seeds every draw.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     engine: Annotated[str, typer.Option(help="Where passes run: local.")] = "local",
@@ -112,13 +115,23 @@ def model_check(
 def main() -> None:
     """The console script."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except QklensError as error:
         sys.stderr.write(f"qklens: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except _UsageError as error:
+        sys.stderr.write(_usage_line(error))
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("qklens: stopped; the same command resumes\n")
         sys.exit(130)
+
+
+def _usage_line(error: Any) -> str:  # noqa: ANN401
+    """One line for a wrong option; none for a bare command, which has printed its help."""
+    message = " ".join(error.format_message().split())
+    command = error.ctx.command_path if error.ctx else "qklens"
+    return f"qklens: {message.rstrip('.')}; see {command} --help\n" if message else ""
 
 
 if __name__ == "__main__":

@@ -31,10 +31,11 @@ def study(results: Results, folder: Path) -> None:
             f"heads      {', '.join(heads) or 'none'}; their clean pattern restores "
             f"{100 * results.heads_details.restored:.0f}% of the lost margin"
         )
-    chosen = [s for s in results.steering if s.stage == "steer_query" and s.chosen]
-    main = next((s for s in chosen if s.control is None), None)
+    query = [s for s in results.steering if s.stage == "steer_query"]
+    main = next((s for s in query if s.chosen), None)
     if main:
-        others = ", ".join(f"{s.control} {100 * s.accuracy:.1f}%" for s in chosen if s.control)
+        controls = [s for s in query if s.control and s.strength == main.strength]
+        others = ", ".join(f"{s.control} {100 * s.accuracy:.1f}%" for s in controls)
         lines.append(f"steering   query side at strength {main.strength:g}: harm {100 * main.accuracy:.1f}% (controls: {others})")
     elif results.skipped:
         stages = ", ".join(results.skipped)

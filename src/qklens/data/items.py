@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -44,7 +45,7 @@ class Item(Strict):
         text = value.strip()
         if not text:
             raise ValueError("is empty; expected text")
-        if any(ord(character) < 32 or ord(character) in (127, 0x2028, 0x2029) for character in text):
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
             raise ValueError("holds a line break or control character; expected one line of text")
         return text
 
@@ -86,7 +87,11 @@ def load_dataset(source: str) -> Dataset:
         )
     if path.suffix not in (".jsonl", ".csv"):
         raise QklensError(f"{path}: cannot tell the format from {path.suffix!r}; expected .jsonl or .csv")
-    return _parse(str(path), path.stem, path.read_bytes())
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise QklensError(f"{path}: cannot read ({error.strerror}); check the file's permissions") from error
+    return _parse(str(path), path.stem, payload)
 
 
 def _parse(where: str, name: str, payload: bytes) -> Dataset:
@@ -116,12 +121,20 @@ def _jsonl_rows(where: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
-        except (json.JSONDecodeError, RecursionError) as error:
+            row = json.loads(content, object_pairs_hook=_distinct_fields)
+        except (ValueError, RecursionError) as error:
             raise QklensError(f"{where}: line {line}: not JSON ({error}); expected one JSON object a line") from error
         if not isinstance(row, dict):
             raise QklensError(f"{where}: line {line}: holds a {type(row).__name__}; expected a JSON object")
         yield line, row
+
+
+def _distinct_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"field {name!r} stands twice")
+    return dict(pairs)
 
 
 def _csv_rows(where: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

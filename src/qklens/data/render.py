@@ -185,7 +185,13 @@ def _dialogue(tokenizer: PreTrainedTokenizerBase, content: str) -> tuple[str, in
     """The whole text up to the assistant's first character, and where the content begins in it."""
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": content}]
-        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        try:
+            text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program; whatever it raises means that it takes no user turn
+            raise QklensError(
+                f"the tokenizer's chat template fails on one user turn ({type(error).__name__}: {error}); repair or "
+                "remove it"
+            ) from error
     else:
         text = (tokenizer.bos_token or "") + PLAIN_TEMPLATE.format(content=content)
     offset = text.rfind(content)

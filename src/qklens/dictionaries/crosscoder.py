@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-
-from pydantic import ValidationError
 
 from qklens.dictionaries.source import Stream, check_layer
 from qklens.errors import QklensError, nearest
@@ -46,7 +45,7 @@ class CrosscoderConfig(Strict):
     features_per_layer: int
     d_model: int
     activation: Literal["threshold"]
-    threshold: float
+    threshold: FiniteFloat
     site: Literal["resid_pre"]
     model_sha256: str
     training: dict[str, Any]
@@ -125,14 +124,22 @@ class Crosscoder:
 
 
 def save_crosscoder(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write a dictionary's two files atomically, weights first and config last."""
+    """Write a dictionary's two files atomically, weights first and config last.
+
+    Raises:
+        QklensError: a value does not fit `dtype`; nothing is written.
+    """
     tensors: dict[str, Tensor] = {}
     for layer in crosscoder.layers:
         tensors[f"encoder.{layer}"] = crosscoder.encoder[layer]
         tensors[f"encoder_bias.{layer}"] = crosscoder.encoder_bias[layer]
         tensors[f"decoder.{layer}"] = crosscoder.decoder[layer][: _written(crosscoder.config, layer)]
         tensors[f"decoder_bias.{layer}"] = crosscoder.decoder_bias[layer]
-    atomic_write(folder / WEIGHTS_FILE, save({name: t.to(dtype).contiguous() for name, t in tensors.items()}))
+    stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    for name, tensor in stored.items():
+        if not torch.isfinite(tensor).all():
+            raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} does not fit {dtype}; save it as float32")
+    atomic_write(folder / WEIGHTS_FILE, save(stored))
     write_json(folder / CONFIG_FILE, crosscoder.config.model_dump(mode="json"))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ Stream = Callable[[int], Tensor]
 """Gives the residual stream of a layer at the tokens in question, `... d_model`."""
 
 
+@runtime_checkable
 class FeatureSource(Protocol):
     """A dictionary over one or more layers of one model."""
 

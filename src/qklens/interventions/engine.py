@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ TOKENS_PER_BATCH = 4096
 CACHE_BYTES = 1 << 30
 
 
+@runtime_checkable
 class Intervention(Protocol):
     """A frozen value that turns into edits for each batch."""
 

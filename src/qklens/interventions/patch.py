@@ -29,7 +29,7 @@ class PatternPatch:
         rows: per (layer, head), one row a prompt over that prompt's own tokens; see `align_rows`.
     """
 
-    rows: dict[Head, Sequence[Float[Tensor, " k_pos"]]]
+    rows: dict[Head, Sequence[Float[Tensor, "_k_pos"]]]
 
     def describe(self) -> dict[str, Any]:
         """The spec as echoed into results."""
@@ -87,7 +87,7 @@ class ScoreShift:
         shifts: per (layer, head), one row a prompt over that prompt's own tokens, in score units.
     """
 
-    shifts: dict[Head, Sequence[Float[Tensor, " k_pos"]]]
+    shifts: dict[Head, Sequence[Float[Tensor, "_k_pos"]]]
 
     def describe(self) -> dict[str, Any]:
         """The spec as echoed into results."""

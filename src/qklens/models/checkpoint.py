@@ -47,6 +47,16 @@ def inspect_checkpoint(path: Path) -> Checkpoint:
     for key in _CODE_KEYS:
         if config.get(key):
             raise QklensError(f"{path / 'config.json'}: key {key!r} asks to run other code; remove it to load the model")
+    if config.get("transformers_weights"):
+        raise QklensError(
+            f"{path / 'config.json'}: key 'transformers_weights' points to other weights than model.safetensors; "
+            "remove it"
+        )
+    if (path / "adapter_config.json").exists():
+        raise QklensError(
+            f"{path / 'adapter_config.json'}: an adapter would load another base model; expected merged weights: "
+            "merge the adapter, or remove this file"
+        )
     family = family_of(config.get("model_type"), str(path))
     weights = _weight_files(path)
     shapes: dict[str, list[int]] = {}
@@ -57,6 +67,9 @@ def inspect_checkpoint(path: Path) -> Checkpoint:
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
+    """The files that transformers will load: the single file wins over an index."""
+    if (path / "model.safetensors").is_file():
+        return (path / "model.safetensors",)
     index = path / "model.safetensors.index.json"
     if index.is_file():
         content = read_json(index)
@@ -70,8 +83,6 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
             if not (path / name).is_file():
                 raise QklensError(f"{path / name}: missing; the index names it, download it again")
         return tuple(path / name for name in files)
-    if (path / "model.safetensors").is_file():
-        return (path / "model.safetensors",)
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in path.glob(pattern))
     if pickled:
         raise QklensError(
@@ -93,8 +104,10 @@ def _header_shapes(file: Path) -> dict[str, list[int]]:
             header = json.loads(stream.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            if type(end) is not int:
+                raise TypeError("data_offsets are not integers")
             shapes = {name: list(entry["shape"]) for name, entry in tensors.items()}
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise QklensError(f"{file}: damaged safetensors header ({type(error).__name__}); download it again") from error
     if 8 + length + end != size:
         raise QklensError(f"{file}: {size} bytes, its header promises {8 + length + end}; truncated, download it again")
@@ -103,12 +116,11 @@ def _header_shapes(file: Path) -> dict[str, list[int]]:
 
 def _check_tensors(path: Path, config: dict[str, Any], family: Family, shapes: dict[str, list[int]]) -> None:
     layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int) or layers < 1:
+    if type(layers) is not int or layers < 1:
         raise QklensError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}, expected a positive integer")
-    wanted = [pattern.format(layer=layer) for layer in range(layers) for pattern in family.tensors]
-    missing = [name for name in wanted if name not in shapes]
+    names = (pattern.format(layer=layer) for layer in range(layers) for pattern in family.tensors)
+    missing = next((name for name in names if name not in shapes), None)
     if missing:
         raise QklensError(
-            f"{path}: tensor {missing[0]!r} is missing ({len(missing)} of {len(wanted)} expected tensors); "
-            "the checkpoint is incomplete or of another family"
+            f"{path}: tensor {missing!r} is missing; the checkpoint is incomplete or of another family"
         )

@@ -237,6 +237,7 @@ class _Pass:
     def _residual_hook(self, layer: int) -> Callable[..., tuple[tuple, dict]]:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             stream: Tensor = args[0] if args else kwargs["hidden_states"]
+            self.residual[layer] = stream
             for index, edit in enumerate(self.edits):
                 if isinstance(edit, VectorEdit) and edit.side == "residual" and edit.layer == layer:
                     mask = edit.mask[:, self.start :]
@@ -245,7 +246,7 @@ class _Pass:
                     self._note(index, rows, edited)
                     stream = stream.clone()
                     stream[mask] = edited
-            self.residual[layer] = stream
+                    self.residual[layer] = stream
             if layer in self.reads.residual:
                 self.reads.residual[layer](stream)
             if args:

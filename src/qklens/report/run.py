@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qklens.report.figures import write_figures
+from qklens.report.figures import draw, write_figures
 from qklens.report.page import write_report
 from qklens.studies.config import StudyConfig
 from qklens.studies.harm_pressure.study import run_study
@@ -16,6 +16,7 @@ def study_with_report(config: StudyConfig, *, command: str = "", quiet: bool = F
         QklensError: bad input of any kind; nothing is half-written.
     """
     results, manifest = run_study(config, command=command, quiet=quiet)
-    write_figures(results, config.out / "figures")
-    write_report(results, manifest, config.out / "report.html")
+    drawn = draw(results)
+    write_figures(results, config.out / "figures", drawn)
+    write_report(results, manifest, config.out / "report.html", drawn)
     return results

@@ -53,7 +53,7 @@ def finite(value: float | None) -> bool:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """`value` with `digits` decimals and a true minus sign; very large or small ones in scientific notation."""
+    """`value` with `digits` decimals and a true minus sign; what would round to zero keeps digits."""
     if value is None or not math.isfinite(value):
         return MISSING
     size = abs(value)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from qklens.errors import QklensError
 from qklens.files import atomic_write, read_json, write_json
 from qklens.strict import Strict
@@ -42,7 +44,9 @@ class Journal:
         path = folder / "manifest.json"
         if path.is_file():
             have = read_json(path)
-            old, new = have.get("run", {}) if isinstance(have, dict) else {}, manifest["run"]
+            old, new = have.get("run") if isinstance(have, dict) else None, manifest["run"]
+            if not isinstance(old, dict):
+                raise QklensError(f"{path}: holds no 'run' object; the file is damaged, choose another --out")
             different = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
             if different:
                 key = different[0]
@@ -52,7 +56,10 @@ class Journal:
                 )
             self.manifest: dict[str, Any] = have
         else:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            # A crash in the very first write leaves its temporary file behind; that is still an empty run directory.
+            if folder.exists() and not (
+                folder.is_dir() and all(entry.name.startswith(f".{path.name}.") for entry in folder.iterdir())
+            ):
                 raise QklensError(f"{folder}: exists and is not a run directory; choose another --out")
             self.manifest = manifest
             write_json(path, manifest)
@@ -62,7 +69,13 @@ class Journal:
         folder = self.folder / "stages" / stage
         if not (folder / "DONE").is_file():
             return None
-        return StageOutput.model_validate(read_json(folder / "result.json"))
+        try:
+            return StageOutput.model_validate(read_json(folder / "result.json"))
+        except ValidationError as error:
+            raise QklensError(
+                f"{folder / 'result.json'}: not a stage's output ({error.errors()[0]['msg']}); remove {folder} to run "
+                "the stage again"
+            ) from error
 
     def save(self, stage: str, output: StageOutput) -> None:
         """Write a stage's output, then its DONE mark."""

@@ -31,7 +31,7 @@ def heads(results: Results) -> Drawing | None:
 
 def _maps(details: HeadsDetails) -> Drawing | None:
     both: tuple[Condition, ...] = ("none", "harm")
-    shown = [name for name in both if details.attention_difference_map.get(name)]
+    shown: list[Condition] = [name for name in both if details.attention_difference_map.get(name)]
     values = [v for name in shown for row in details.attention_difference_map[name] for v in row if finite(v)]
     if not values:
         return None

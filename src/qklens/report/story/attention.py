@@ -54,6 +54,12 @@ def heads(results: Results) -> Section:
         text += " The interval includes zero: the selected heads' attention is not shown to matter."
     elif finite(details.restored_random_heads) and details.restored_random_heads >= details.restored_ci[0]:
         text += " The random heads' share is not below that interval, so the effect is not specific to these heads."
+    lost = details.none_margin - details.harm_margin
+    if finite(lost) and lost < 0.1 * abs(details.none_margin):
+        text += (
+            f" Only {number(lost)} logits were lost, less than a tenth of the margin with no intent, so these shares "
+            "mean little."
+        )
     paragraphs.append(text)
     table = Table(
         "Candidate heads",

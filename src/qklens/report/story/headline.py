@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qklens.report.story.attention import CLAIM_NULLS, pair_z
 from qklens.report.story.know import change
 from qklens.report.story.parts import not_run
-from qklens.report.story.steering import Effect, effects
+from qklens.report.story.steering import effects
 from qklens.report.text import (
     count,
     finite,
@@ -161,11 +161,18 @@ def _z(results: Results) -> KeyNumber:
 
 def _steered(results: Results) -> KeyNumber:
     label = "Accuracy under harm with the feature steered"
-    found: list[Effect] = [*effects(results, "steer_query"), *effects(results, "steer_all")]
-    if not found:
+    # The first that ran, not the better one: a choice between them would be made on the report half.
+    whole, query = effects(results, "steer_all"), effects(results, "steer_query")
+    if not whole and not query:
         return KeyNumber(label, "\u2014", not_run(results, "steer_all"))
-    best = max(found, key=lambda one: (one.was_chosen, one.point.accuracy))
-    rivals = [row for row in best.controls.values() if row.condition == "harm" and finite(row.accuracy)]
-    control = f"best control: {percent(max(r.accuracy for r in rivals))}" if rivals else "no control measured"
-    flag = "" if best.was_chosen else "; strength not chosen beforehand"
-    return KeyNumber(label, percent(best.point.accuracy), f"without: {percent(best.before)}; {control}{flag}")
+    first = (whole or query)[0]
+    rivals = [row.accuracy for row in first.controls.values() if row.condition == "harm" and finite(row.accuracy)]
+    details = [
+        f"without: {percent(first.before)}",
+        f"best control: {percent(max(rivals))}" if rivals else "no control measured",
+    ]
+    if whole and query:
+        details.append(f"query side only: {percent(query[0].point.accuracy)}")
+    if not first.was_chosen:
+        details.append("strength not chosen beforehand")
+    return KeyNumber(label, percent(first.point.accuracy), "; ".join(details))

@@ -108,7 +108,7 @@ def section(results: Results, stage: Stage) -> Section:
         title,
         question,
         paragraphs,
-        f"Strength is {unit or 'as given in the table'}; negative turns the feature down. The strength was chosen on "
+        f"Strength: {unit or 'as in the table'}; negative turns the feature down. The strength was chosen on "
         "the discovery half and every point is measured on the report half. Random direction and unrelated feature: "
         "equal norm, same positions. Benign intent: the same edit where there is nothing to undo.",
         (table,),

@@ -86,7 +86,7 @@ class Lab:
 
     def streams(
         self, condition: Condition | Literal["open"], half: Half, layers: Sequence[int]
-    ) -> list[dict[int, Float[Tensor, "pos d_model"]]]:
+    ) -> list[dict[int, Float[Tensor, "_pos d_model"]]]:
         """resid_pre of the clean run at every token."""
         key = (condition, half)
         kept = self._streams.setdefault(key, [{} for _ in self.prompts(condition, half)])

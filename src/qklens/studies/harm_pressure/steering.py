@@ -136,7 +136,7 @@ def _curves(
                     margin=float(margins.mean()),
                     control=control,
                     variant=variant,
-                    chosen=strength == chosen,
+                    chosen=control is None and strength == chosen,
                 )
             )
     return points

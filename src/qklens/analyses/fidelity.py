@@ -1,0 +1,95 @@
+"""How well does a source stand in for the residual stream? L0, variance left, and loss recovered, on given text.
+
+    loss recovered = (L_mean − L_source) / (L_mean − L_clean)
+
+L is the next-token cross-entropy with resid_pre.layer replaced, at every token but the first, by its mean or by the
+source's reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qklens.dictionaries.crosscoder import Fidelity
+from qklens.dictionaries.source import FeatureSource, fraction_variance_unexplained, write_parts
+from qklens.errors import QklensError
+from qklens.models.batch import Batch, left_padded
+from qklens.models.passes import Edit, Reads, VectorEdit, run_pass
+from qklens.models.subject import Subject
+
+_ROWS = 64
+
+
+def stream_rows(
+    subject: Subject, sequences: Sequence[Sequence[int]], layers: Sequence[int]
+) -> dict[int, Float[Tensor, "row d_model"]]:
+    """resid_pre of every real token but each sequence's first, the same rows in every layer."""
+    rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for batch in _batches(subject, sequences):
+        inner = _after_first(batch)
+
+        def keep(layer: int, inner: Tensor = inner) -> Callable[[Tensor], None]:
+            return lambda x: rows[layer].append(x[inner].float().cpu())
+
+        run_pass(subject, batch, reads=Reads({layer: keep(layer) for layer in layers}, {}))
+    return {layer: torch.cat(parts) for layer, parts in rows.items()}
+
+
+def measure_fidelity(subject: Subject, source: FeatureSource, sequences: Sequence[Sequence[int]]) -> Fidelity:
+    """Measure a source on token sequences.
+
+    Raises:
+        QklensError: there is no sequence of at least two tokens.
+    """
+    usable = [s for s in sequences if len(s) > 1]
+    if not usable:
+        raise QklensError("fidelity needs at least one sequence of two tokens")
+    rows = stream_rows(subject, usable, source.layers)
+    l0, fvu, recovered = {}, {}, {}
+    clean = _loss(subject, usable, lambda _: [])
+    for layer in source.layers:
+        parts = write_parts(source, layer, lambda m: rows[m].to(subject.device))
+        l0[layer] = float((parts.activations != 0).float().sum(dim=-1).mean())
+        fvu[layer] = fraction_variance_unexplained(rows[layer], parts.error.cpu())
+        mean = rows[layer].mean(dim=0).to(subject.device)
+        blank = _loss(subject, usable, _replacer(layer, lambda x, _, mean=mean: mean.to(x).expand_as(x)))
+
+        def rebuilt(x: Tensor, stream: Callable[[int], Tensor], layer: int = layer) -> Tensor:
+            return x - write_parts(source, layer, lambda m: x if m == layer else stream(m)).error
+
+        recovered[layer] = (blank - _loss(subject, usable, _replacer(layer, rebuilt))) / max(blank - clean, 1e-9)
+    return Fidelity(l0=l0, fraction_variance_unexplained=fvu, loss_recovered=recovered)
+
+
+def _replacer(layer: int, change: Callable[[Tensor, Callable[[int], Tensor]], Tensor]) -> Callable[[Batch], list[Edit]]:
+    return lambda batch: [VectorEdit(layer, "residual", _after_first(batch), change)]
+
+
+def _loss(subject: Subject, sequences: Sequence[Sequence[int]], edits: Callable[[Batch], list[Edit]]) -> float:
+    """Mean next-token cross-entropy over all tokens."""
+    norm, unembed = subject.family.final_norm(subject.model), subject.model.get_output_embeddings()
+    total, count = 0.0, 0
+    for batch in _batches(subject, sequences):
+        kept: list[Tensor] = []
+        run_pass(subject, batch, edits(batch), Reads({subject.n_layers: kept.append}, {}))
+        with torch.no_grad():
+            logits = unembed(norm(kept[0][:, :-1])).float()
+        targets = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, :-1] == 0, -100)
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+        count += int((targets != -100).sum())
+    return total / count
+
+
+def _batches(subject: Subject, sequences: Sequence[Sequence[int]]) -> list[Batch]:
+    ordered = sorted(sequences, key=len)
+    pad = subject.tokenizer.pad_token_id or 0
+    return [left_padded(ordered[i : i + _ROWS], pad, subject.device) for i in range(0, len(ordered), _ROWS)]
+
+
+def _after_first(batch: Batch) -> Tensor:
+    """Real tokens but each row's first, whose stream is an outlier in many models."""
+    return (batch.attention_mask == 1) & (batch.position_ids > 0)

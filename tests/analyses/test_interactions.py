@@ -1,0 +1,251 @@
+"""Pair terms with known answers, and properties that any decomposition must have."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qklens.analyses.factorial import TERMS, factorial_terms, removals
+from qklens.analyses.interactions import (
+    contrast_weights,
+    head_lens,
+    mean_terms,
+    realised_weights,
+    share_weights,
+    within_span,
+    write_prompt,
+)
+from qklens.analyses.readings import SPANS, read_attention, read_patterns, read_streams
+from qklens.data.render import LetterForm, render
+from qklens.dictionaries.directions import Directions
+from qklens.errors import QklensError
+from qklens.interventions.engine import Workset
+from qklens.models.scores import score_maps
+
+FORM = LetterForm("", "")
+
+
+@pytest.fixture(scope="module")
+def lab(tiny_llama, items, word_tokenizer):
+    """A tiny random model with harm and benign prompts, their streams, and a random source."""
+    subject = tiny_llama()
+    prompts = {
+        c: [render(word_tokenizer, i, c, o, FORM) for i in items[:4] for o in ("correct_first", "incorrect_first")]
+        for c in ("none", "harm", "benign")
+    }
+    works = {c: Workset(subject, p) for c, p in prompts.items()}
+    streams = {c: read_streams(w, range(3)) for c, w in works.items()}
+    generator = torch.Generator().manual_seed(0)
+    source = Directions(
+        ("a", "b", "c", "d"),
+        {m: torch.randn(4, 32, generator=generator) for m in range(3)},
+        {m: torch.randn(32, generator=generator) for m in range(3)},
+    )
+    return subject, source, prompts, works, streams
+
+
+def test_a_planted_pair_has_its_closed_form(tiny_llama):
+    """Two sources, identity-like weights: every pair term is known in advance."""
+    subject = tiny_llama(num_key_value_heads=4, num_hidden_layers=1)
+    attention = subject.layers[0].self_attn
+    with torch.no_grad():
+        attention.q_proj.weight.zero_()
+        attention.k_proj.weight.zero_()
+        # Head 0 reads "refuse" (axis 0) into its query and "harm" (axis 1), with a minus, into its key. The two
+        # coordinates at index 3 and 7 turn slowest, so that position hardly matters.
+        attention.q_proj.weight[3, 0] = 2.0
+        attention.k_proj.weight[3, 1] = -5.0
+    unit = torch.eye(32)
+    source = Directions(("refuse", "harm"), {0: unit[:2]}, {0: torch.zeros(32)})
+    stream = torch.zeros(6, 32)
+    stream[2, 1] = 3.0
+    stream[5, 0] = 1.5
+    stream[:, 9] = 1.0
+    maps = score_maps(subject, 0)
+    written = write_prompt(subject, source, maps, {0: stream})
+    lens = head_lens(subject, source, 0, 0)
+    terms = lens.terms(written, 5, torch.tensor([0.0, 0, 1, 0, 0, 0]))
+    sigma_q, sigma_k = maps.sigma(stream[5]), maps.sigma(stream[2])
+    angle = 3 * 10000.0 ** (-6 / 8)
+    expected = maps.scale * (2.0 * 1.5 / sigma_q) * (-5.0 * 3.0 / sigma_k) * np.cos(angle)
+    assert float(terms[0, 1]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(terms[0, 1]) < -1.0
+    rest = terms.clone()
+    rest[0, 1] = 0
+    assert rest.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("weighting", ["realised", "contrastive", "share"])
+@pytest.mark.parametrize("condition", ["none", "harm"])
+def test_mean_terms_sum_to_the_mean_weighted_score(lab, weighting, condition):
+    subject, source, prompts, works, streams = lab
+    lens = head_lens(subject, source, 1, 2)
+    written = [lens.write(s) for s in streams[condition]]
+    means = mean_terms(lens, prompts[condition], written, weighting)
+    functions = {"realised": realised_weights, "contrastive": contrast_weights, "share": share_weights}
+    total = 0.0
+    for prompt, parts in zip(prompts[condition], written, strict=True):
+        scores = lens.scores(parts, prompt.spans["answer"][0])
+        total += float((functions[weighting](scores, prompt) * scores).sum()) / len(written)
+    assert means.total == pytest.approx(total, abs=1e-4)
+    assert sum(means.shares().values()) == pytest.approx(means.total, abs=1e-6)
+    assert 0 <= means.error_share() <= 1
+
+
+def test_scores_from_sources_give_the_models_own_pattern(lab):
+    subject, source, prompts, works, streams = lab
+    rows = read_patterns(works["harm"], [(1, 2)])[1, 2]
+    lens = head_lens(subject, source, 1, 2)
+    for prompt, stream, row in zip(prompts["harm"], streams["harm"], rows, strict=True):
+        scores = lens.scores(lens.write(stream), prompt.spans["answer"][0])
+        assert torch.allclose(scores.softmax(0), row, atol=1e-5)
+
+
+def test_top_ranks_by_signed_value_from_both_ends(lab):
+    subject, source, prompts, _, streams = lab
+    lens = head_lens(subject, source, 2, 0)
+    means = mean_terms(lens, prompts["harm"], [lens.write(s) for s in streams["harm"]], "realised")
+    pairs = means.top(4)
+    values = [v for *_, v in pairs]
+    assert values[:4] == sorted(means.value)[:4]
+    assert values[4:] == sorted(means.value, reverse=True)[:4]
+    query, key = means.names.index(pairs[0][0]), means.names.index(pairs[0][1])
+    assert means.between(query, key) == pytest.approx(pairs[0][2])
+
+
+def test_swapping_the_options_negates_the_contrast(lab):
+    subject, source, prompts, _, streams = lab
+    lens = head_lens(subject, source, 1, 1)
+    prompt, parts = prompts["none"][0], lens.write(streams["none"][0])
+    scores = lens.scores(parts, prompt.spans["answer"][0])
+    swapped = {**prompt.spans, "correct": prompt.spans["incorrect"], "incorrect": prompt.spans["correct"]}
+    other = type(prompt)(**{**prompt.__dict__, "spans": swapped})
+    assert torch.allclose(contrast_weights(scores, other), -contrast_weights(scores, prompt))
+
+
+def test_weights_are_softmax_within_spans(lab):
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    weights = within_span(scores, (1, 3))
+    assert torch.allclose(weights[[1, 3]], torch.tensor([2.0, 4.0]).softmax(0))
+    assert bool((weights[[0, 2]] == 0).all())
+    with pytest.raises(QklensError, match="without tokens"):
+        within_span(scores, ())
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.05, 20.0), st.permutations(range(4)))
+def test_rescaling_and_permuting_features_changes_nothing_realised(lab, scale, order):
+    """A decoder times s has its activation divided by s; permuting features permutes rows and columns."""
+    subject, source, prompts, _, streams = lab
+    vectors = {m: v[list(order)] * scale for m, v in source.vectors.items()}
+    other = Directions(tuple(source.labels[i] for i in order), vectors, source.means)
+    stream, position = streams["harm"][0], prompts["harm"][0].spans["answer"][0]
+    weights = torch.zeros(len(prompts["harm"][0].tokens))
+    weights[5] = 1.0
+    first = head_lens(subject, source, 1, 3)
+    second = head_lens(subject, other, 1, 3)
+    a = first.terms(first.write(stream), position, weights)
+    b = second.terms(second.write(stream), position, weights)
+    index = [*order, 4, 5]
+    assert torch.allclose(a[index][:, index], b, atol=1e-3 * float(a.abs().max()))
+
+
+def test_attention_reading_sums_to_one_and_matches_patterns(lab):
+    _, _, prompts, works, _ = lab
+    reading = read_attention(works["harm"])
+    assert torch.allclose(reading.mass.sum(-1), torch.ones(reading.mass.shape[:-1]), atol=1e-5)
+    row = read_patterns(works["harm"], [(2, 3)])[2, 3][1]
+    correct = row[list(prompts["harm"][1].span("correct"))].sum()
+    assert reading.mass[1, 2, 3, SPANS.index("correct")] == pytest.approx(float(correct), abs=1e-6)
+
+
+def test_letter_attribution_of_all_heads_is_the_attention_part_of_the_margin(lab):
+    """With zero MLPs the margin is embedding + heads, linearly through the frozen final norm."""
+    subject, _, _, _, _ = lab
+    saved = [layer.mlp.down_proj.weight.clone() for layer in subject.layers]
+    try:
+        with torch.no_grad():
+            for layer in subject.layers:
+                layer.mlp.down_proj.weight.zero_()
+        work = Workset(subject, lab[2]["harm"])
+        reading = read_attention(work)
+        embedding = torch.stack([subject.model.model.embed_tokens.weight[p.tokens[-1]] for p in work.prompts])
+        final = read_final(work)
+        norm = subject.model.model.norm
+        sigma = (final.pow(2).mean(-1) + norm.variance_epsilon).sqrt()
+        ids = torch.tensor([p.letter_ids for p in work.prompts])
+        toward = subject.model.lm_head.weight[ids[:, 0]] - subject.model.lm_head.weight[ids[:, 1]]
+        rest = (embedding * norm.weight / sigma[:, None] * toward).sum(-1)
+        assert torch.allclose(reading.letter_logit.sum((1, 2)) + rest, reading.margins, atol=1e-4)
+    finally:
+        with torch.no_grad():
+            for layer, weight in zip(subject.layers, saved, strict=True):
+                layer.mlp.down_proj.weight.copy_(weight)
+
+
+def read_final(work: Workset) -> torch.Tensor:
+    from qklens.models.passes import Reads
+
+    rows = torch.zeros(len(work), work.subject.d_model)
+
+    def reads(index, batch):
+        return Reads({work.subject.n_layers: lambda x: rows.__setitem__(torch.tensor(index), x[:, -1])}, {})
+
+    work.logits(reads=reads)
+    return rows
+
+
+def test_factorial_terms_rebuild_the_pressed_scores(lab):
+    """ordinary + key_only + answer_key + harm_key is the model's own score at the options, and so elsewhere."""
+    subject, source, prompts, _, streams = lab
+    lens = head_lens(subject, source, 1, 2)
+    for i in range(4):
+        harm, benign = prompts["harm"][i], prompts["benign"][i]
+        pressed, calm = streams["harm"][i][1], streams["benign"][i][1]
+        terms = factorial_terms(subject, (1, 2), harm, benign, pressed, calm)
+        own = lens.scores(lens.write(streams["harm"][i]), harm.spans["answer"][0])
+        same = factorial_terms(subject, (1, 2), harm, benign, pressed, pressed_as(calm, pressed, harm, benign))
+        assert set(terms) == set(TERMS)
+        options = [*harm.span("correct"), *harm.span("incorrect")]
+        ordinary = (own - sum(terms[t] for t in TERMS))[options]
+        # What is left is the benign query against the benign keys at the harm prompt's positions.
+        assert torch.allclose(ordinary, benign_scores(subject, harm, benign, calm)[options], atol=1e-4)
+        assert bool((terms["elsewhere"][options] == 0).all())
+        assert same["harm_key"].abs().max() == 0
+
+
+def pressed_as(calm, pressed, harm, benign) -> torch.Tensor:
+    """The benign stream with the harm stream's option tokens: then keys do not change."""
+    mixed = calm.clone()
+    for name in ("correct", "incorrect"):
+        mixed[list(benign.span(name))] = pressed[list(harm.span(name))]
+    return mixed
+
+
+def benign_scores(subject, harm, benign, calm) -> torch.Tensor:
+    from qklens.models.scores import rotation
+
+    maps = score_maps(subject, 1)
+    x = calm[benign.spans["answer"][0]]
+    turn = rotation(subject, torch.arange(len(harm.tokens)))
+    query = turn.at(harm.spans["answer"][0])(maps.query(x, 2) / maps.sigma(x))
+    keys = torch.zeros(len(harm.tokens), subject.d_head)
+    for name in ("correct", "incorrect"):
+        rows = calm[list(benign.span(name))]
+        keys[list(harm.span(name))] = maps.key(rows, 2) / maps.sigma(rows)[:, None]
+    return maps.scale * turn(keys) @ query
+
+
+def test_taking_out_all_terms_gives_the_benign_attention_between_options(lab):
+    subject, _, prompts, works, streams = lab
+    shifts, means = removals(
+        subject, [(1, 2)], prompts["harm"], prompts["benign"], streams["harm"], streams["benign"]
+    )
+    assert set(shifts) == set(means) == set(TERMS)
+    assert any(abs(v) > 1e-4 for v in means.values())
+    before = works["harm"].margins()
+    after = works["harm"].margins([shifts["answer_key"]])
+    assert (before - after).abs().max() > 1e-5

@@ -1,0 +1,90 @@
+"""Shared by all tests: shapes and types of every public function are checked, and tiny models are made in memory."""
+
+from __future__ import annotations
+
+from jaxtyping import install_import_hook
+
+install_import_hook("qklens", "beartype.beartype")
+
+import re  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+from qklens.data.items import SHIPPED, Item, load_dataset  # noqa: E402
+from qklens.data.render import INSTRUCTION  # noqa: E402
+from qklens.models.families import FAMILIES  # noqa: E402
+from qklens.models.subject import Subject, wrap_model  # noqa: E402
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def items() -> tuple[Item, ...]:
+    return load_dataset("harm_pressure").items
+
+
+def make_word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    words = sorted({w for text in texts for w in re.findall(r"\w+|[^\w\s]|\n", text)})
+    vocabulary = {word: i for i, word in enumerate([*SPECIALS, "\n", "A", "B", "(", ")", *words])}
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(vocabulary))}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"),
+            pre_tokenizers.Split(Regex(r"\n|[^\w\s]"), "isolated"),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|end|>"],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    texts = [INSTRUCTION]
+    for name in SHIPPED:
+        for item in load_dataset(name).items:
+            texts += [item.question, item.correct, item.incorrect, item.harmful_intent, item.benign_intent]
+    return make_word_tokenizer(texts)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(word_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Subject]:
+    """A random Llama over the word tokenizer; keyword arguments override its config, `dtype` its precision."""
+
+    def make(*, dtype: torch.dtype = torch.float32, seed: int = 0, **config: object) -> Subject:
+        options = {
+            "vocab_size": len(word_tokenizer),
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "initializer_range": 0.3,
+            "pad_token_id": word_tokenizer.pad_token_id,
+        }
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**options, **config})).to(dtype)
+        return wrap_model(model, word_tokenizer, FAMILIES["llama"])
+
+    return make
