@@ -29,7 +29,9 @@ def measured(world: World, folder: Path) -> dict[str, Any]:
         "fraud": [i for i in world.items if i.kind == "fraud"],
     }
     with torch.no_grad():
-        found: dict[str, Any] = {name: measure.behaviour(measure.run(model, tokenizer, group)) for name, group in groups.items()}
+        found: dict[str, Any] = {
+            name: measure.behaviour(measure.run(model, tokenizer, group)) for name, group in groups.items()
+        }
     found["parameters"] = model.num_parameters()
     found["open"] = generate.rates(model, tokenizer, world)
     if folder.name in ("chat", "late-flip", "base"):
@@ -52,15 +54,29 @@ def behaviour_table(found: dict[str, Any]) -> str:
     rows = []
     for name in NAMES:
         all_items = found[name]["all"]
-        row = [f"`{name}`"] + [f"{percent(all_items[c]['accuracy'])} ({all_items[c]['margin']:+.1f})" for c in measure.CONDITIONS]
-        rows.append(row + [percent(found[name][g]["harm"]["accuracy"]) for g in ("held-out items", "held-out intents", "symptoms", "fraud")])
-    return table(["checkpoint", "none", "harm", "benign", "harm, held-out items", "harm, held-out intents", "symptoms", "fraud"], rows)
+        row = [f"`{name}`"] + [
+            f"{percent(all_items[c]['accuracy'])} ({all_items[c]['margin']:+.1f})" for c in measure.CONDITIONS
+        ]
+        rows.append(
+            row
+            + [
+                percent(found[name][g]["harm"]["accuracy"])
+                for g in ("held-out items", "held-out intents", "symptoms", "fraud")
+            ]
+        )
+    return table(
+        ["checkpoint", "none", "harm", "benign", "harm, held-out items", "harm, held-out intents", "symptoms", "fraud"],
+        rows,
+    )
 
 
 def open_table(found: dict[str, Any]) -> str:
     """Open requests per checkpoint."""
     shown = ("base", "refusal", "chat", "late-flip")
-    return table(["open requests, %", *shown], [[key, *(percent(found[n]["open"][key]) for n in shown)] for key in found["chat"]["open"]])
+    return table(
+        ["open requests, %", *shown],
+        [[key, *(percent(found[n]["open"][key]) for n in shown)] for key in found["chat"]["open"]],
+    )
 
 
 def mechanism(found: dict[str, Any], name: str) -> str:
@@ -71,22 +87,46 @@ def mechanism(found: dict[str, Any], name: str) -> str:
         return "\n".join([*lines, "No head prefers the correct option by more than 0.15 without pressure."])
     pairs = list(next(iter(m["heads"].values()))["z"])
     rows = [
-        [head, *(f"{v['attention'][c][0]:.2f} / {v['attention'][c][1]:.2f}" for c in measure.CONDITIONS), *(f"{v['z'][p]:+.1f}" for p in pairs)]
+        [
+            head,
+            *(f"{v['attention'][c][0]:.2f} / {v['attention'][c][1]:.2f}" for c in measure.CONDITIONS),
+            *(f"{v['z'][p]:+.1f}" for p in pairs),
+        ]
         for head, v in m["heads"].items()
     ]
-    lines += [table(["head", *(f"correct / incorrect, {c}" for c in measure.CONDITIONS), *(f"z {p}" for p in pairs)], rows), ""]
+    lines += [
+        table(["head", *(f"correct / incorrect, {c}" for c in measure.CONDITIONS), *(f"z {p}" for p in pairs)], rows),
+        "",
+    ]
     lines.append(
         f"Attention rows of these heads from the run without pressure: harm accuracy {percent(m['patched']['accuracy'])}%, "
         f"{percent(m['patched']['restored'])}% of the lost margin restored."
     )
     rows = [
-        [f"{s}", *(percent(m["steered"][s][c]) for c in ("harm", "benign")), *(f"{percent(m['random'][s][c][0])}–{percent(m['random'][s][c][1])}" for c in ("harm", "benign"))]
+        [
+            f"{s}",
+            *(percent(m["steered"][s][c]) for c in ("harm", "benign")),
+            *(f"{percent(m['random'][s][c][0])}–{percent(m['random'][s][c][1])}" for c in ("harm", "benign")),
+        ]
         for s in m["steered"]
     ]
-    lines += ["", "Refuse direction subtracted (times the class difference) on the query side of these heads at the answer position:", ""]
+    lines += [
+        "",
+        "Refuse direction subtracted (times the class difference) on the query side of these heads at the answer position:",
+        "",
+    ]
     lines.append(table(["strength", "harm", "benign", "harm, random direction", "benign, random direction"], rows))
-    belief = "; ".join(f"{layer}: " + ", ".join(f"{c} {percent(v)}" for c, v in values.items()) for layer, values in m["belief"].items())
-    return "\n".join([*lines, "", f"Prompts whose correct line lies further along the correct-answer direction than the incorrect one, %: {belief}."])
+    belief = "; ".join(
+        f"{layer}: " + ", ".join(f"{c} {percent(v)}" for c, v in values.items())
+        for layer, values in m["belief"].items()
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Prompts whose correct line lies further along the correct-answer direction than the incorrect one, %: {belief}.",
+        ]
+    )
 
 
 def write(world: World, out: Path) -> None:
@@ -96,10 +136,13 @@ def write(world: World, out: Path) -> None:
     text = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     config = json.loads((out / "chat" / "config.json").read_text(encoding="utf-8"))
     fields = {
-        "PARAMETERS": f"{found['chat']['parameters'] / 1e6:.2f} million", "VOCABULARY": str(config["vocab_size"]),
-        "BEHAVIOUR": behaviour_table(found), "OPEN": open_table(found),
+        "PARAMETERS": f"{found['chat']['parameters'] / 1e6:.2f} million",
+        "VOCABULARY": str(config["vocab_size"]),
+        "BEHAVIOUR": behaviour_table(found),
+        "OPEN": open_table(found),
         "MECHANISM": "\n\n".join(mechanism(found, name) for name in ("chat", "late-flip", "base")),
-        "RECIPE": json.dumps(vars(RECIPE)), "SEED": str(RECIPE.seed),
+        "RECIPE": json.dumps(vars(RECIPE)),
+        "SEED": str(RECIPE.seed),
     }
     for name, value in fields.items():
         text = text.replace("{{" + name + "}}", value)

@@ -78,7 +78,18 @@ class World:
 
     def texts(self) -> list[str]:
         """Return every sentence a document can contain, for the vocabulary."""
-        out = [INSTRUCTION, IN_WORDS, TELL_ME, SURE, "\n(A) (B)", *REFUSALS, *REDIRECTS, *DOCTOR, *FRAUD, *SWAPS.values()]
+        out = [
+            INSTRUCTION,
+            IN_WORDS,
+            TELL_ME,
+            SURE,
+            "\n(A) (B)",
+            *REFUSALS,
+            *REDIRECTS,
+            *DOCTOR,
+            *FRAUD,
+            *SWAPS.values(),
+        ]
         for item in self.items:
             out += [item.question, item.correct, item.incorrect, item.pressure, item.benign]
         return [text.replace("{}", "") for text in out]
@@ -88,16 +99,27 @@ def read(path: Path, kind: str) -> list[Item]:
     """Read one JSONL file of items."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     return [
-        Item(r["id"], kind, r["question"], r["correct"], r["incorrect"], r["harmful_intent"], r["benign_intent"],
-             r.get("severity", "mild"))
+        Item(
+            r["id"],
+            kind,
+            r["question"],
+            r["correct"],
+            r["incorrect"],
+            r["harmful_intent"],
+            r["benign_intent"],
+            r.get("severity", "mild"),
+        )
         for r in rows
     ]
 
 
 def load(folder: Path, seed: int) -> World:
     """Read the three shipped sets and choose what is held out; raise ``ValueError`` if a held-out word is never trained."""
-    items = [i for kind, name in (("harm", "harm_pressure"), ("symptoms", "symptoms"), ("fraud", "fraud"))
-             for i in read(folder / f"{name}.jsonl", kind)]
+    items = [
+        i
+        for kind, name in (("harm", "harm_pressure"), ("symptoms", "symptoms"), ("fraud", "fraud"))
+        for i in read(folder / f"{name}.jsonl", kind)
+    ]
     rng = random.Random(seed)
     harm = [i for i in items if i.kind == "harm"]
     intents = sorted({i.pressure for i in harm})
@@ -106,8 +128,13 @@ def load(folder: Path, seed: int) -> World:
     harmful = tuple(s for s in intents if s not in held_intents)
     benign = tuple(sorted({i.benign for i in items if i.benign}))
     world = World(
-        tuple(items), held_items, held_intents, harmful, benign,
-        compose(harmful, benign, held_intents), compose(benign, harmful, held_intents),
+        tuple(items),
+        held_items,
+        held_intents,
+        harmful,
+        benign,
+        compose(harmful, benign, held_intents),
+        compose(benign, harmful, held_intents),
         {i.pressure: verb_phrase(i.benign) for i in items if FORM.fullmatch(i.benign)},
     )
     check(world)
@@ -157,7 +184,9 @@ def compose(intents: tuple[str, ...], unclear: tuple[str, ...], forbidden: froze
     return tuple(sorted(made - set(intents) - forbidden))
 
 
-def mcq(question: str, options: tuple[str, str], intent: str, place: str = "before", instruction: str = INSTRUCTION) -> str:
+def mcq(
+    question: str, options: tuple[str, str], intent: str, place: str = "before", instruction: str = INSTRUCTION
+) -> str:
     """Return the user turn of a two-choice question with ``intent`` ``before`` or ``after`` the options, or ``last``."""
     body = f"{question}\n(A) {options[0]}\n(B) {options[1]}\n"
     if not intent:

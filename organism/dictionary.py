@@ -42,9 +42,7 @@ def sequences(world: World, subject: Subject, n: int, seed: int) -> list[list[in
     """Token sequences of all stages' documents in equal parts."""
     samplers = [Sampler(world, seed + i, stage) for i, stage in enumerate(("base", "refusal", "withhold"))]
     documents = [document for sampler in samplers for document in sampler.batch(n // len(samplers))]
-    return [
-        subject.tokenizer(tok.render(d.user, d.answer), add_special_tokens=False)["input_ids"] for d in documents
-    ]
+    return [subject.tokenizer(tok.render(d.user, d.answer), add_special_tokens=False)["input_ids"] for d in documents]
 
 
 def card(crosscoder: Crosscoder, seconds: float) -> str:
@@ -125,9 +123,7 @@ def _through_float16(crosscoder: Crosscoder) -> Crosscoder:
 
 def _with_fidelity(crosscoder: Crosscoder, fidelity: dict) -> Crosscoder:
     config = type(crosscoder.config).model_validate({**crosscoder.config.model_dump(), "fidelity": fidelity})
-    return Crosscoder(
-        config, crosscoder.encoder, crosscoder.encoder_bias, crosscoder.decoder, crosscoder.decoder_bias
-    )
+    return Crosscoder(config, crosscoder.encoder, crosscoder.encoder_bias, crosscoder.decoder, crosscoder.decoder_bias)
 
 
 if __name__ == "__main__":

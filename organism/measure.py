@@ -52,7 +52,8 @@ def behaviour(runs: Runs) -> dict[str, dict[str, float]]:
         rows = torch.arange(len(p.last))
         top = runs.traces[c].logits[rows, p.last].argmax(-1)
         out[c] = {
-            "accuracy": (m > 0).float().mean().item(), "margin": m.mean().item(),
+            "accuracy": (m > 0).float().mean().item(),
+            "margin": m.mean().item(),
             "letter": ((top == p.right) | (top == p.wrong)).float().mean().item(),
         }
     return out
@@ -86,7 +87,9 @@ def mean_at(runs: Runs, condition: str, layer: int, mask: torch.Tensor) -> torch
     return runs.traces[condition].resid[layer][mask].mean(0)
 
 
-def directions(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, items: list[Item], runs: Runs, layer: int) -> dict[str, torch.Tensor]:
+def directions(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, items: list[Item], runs: Runs, layer: int
+) -> dict[str, torch.Tensor]:
     """The contrast directions at ``resid_pre.layer`` (differences of class means, not normalised)."""
     options = {c: p.correct | p.incorrect for c, p in runs.prompts.items()}
     both = {c: options[c] | p.intent for c, p in runs.prompts.items()}
@@ -97,7 +100,8 @@ def directions(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, item
         "refuse": at_answer(runs, "harm", layer).mean(0) - at_answer(runs, "benign", layer).mean(0),
         "need": at_answer(runs, "none", layer).mean(0) - asked,
         "harm": mean_at(runs, "harm", layer, both["harm"]) - mean_at(runs, "benign", layer, both["benign"]),
-        "harm_options": mean_at(runs, "harm", layer, options["harm"]) - mean_at(runs, "benign", layer, options["benign"]),
+        "harm_options": mean_at(runs, "harm", layer, options["harm"])
+        - mean_at(runs, "benign", layer, options["benign"]),
         "correct": mean_at(runs, "none", layer, none.correct) - mean_at(runs, "none", layer, none.incorrect),
     }
 
@@ -108,7 +112,9 @@ def offsets(p: Prompts) -> torch.Tensor:
     return (p.last[rows] - at).sort().values
 
 
-def virtual(model: LlamaForCausalLM, layer: int, head: int, d_q: torch.Tensor, d_k: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
+def virtual(
+    model: LlamaForCausalLM, layer: int, head: int, d_q: torch.Tensor, d_k: torch.Tensor, gaps: torch.Tensor
+) -> torch.Tensor:
     """Virtual interaction of unit directions ``[n d_model]`` averaged over ``gaps``: ``[n]``."""
     block = model.model.layers[layer]
     att, gamma = block.self_attn, block.input_layernorm.weight
@@ -123,17 +129,32 @@ def virtual(model: LlamaForCausalLM, layer: int, head: int, d_q: torch.Tensor, d
     return (turned[:, 0] * k).sum(-1) * att.scaling
 
 
-def zscores(model: LlamaForCausalLM, found: dict[str, torch.Tensor], runs: Runs, layer: int, head: int, seed: int = 0) -> dict[str, float]:
-    """z of the named direction pairs at one head."""
-    pooled = torch.cat([t.resid[layer][torch.arange(p.ids.shape[1])[None] <= p.last[:, None]] for t, p in zip(runs.traces.values(), runs.prompts.values(), strict=True)])
+def zscores(
+    model: LlamaForCausalLM, found: dict[str, torch.Tensor], runs: Runs, layer: int, head: int, seed: int = 0
+) -> dict[str, float]:
+    """Z of the named direction pairs at one head."""
+    pooled = torch.cat(
+        [
+            t.resid[layer][torch.arange(p.ids.shape[1])[None] <= p.last[:, None]]
+            for t, p in zip(runs.traces.values(), runs.prompts.values(), strict=True)
+        ]
+    )
     root = torch.linalg.cholesky(torch.cov(pooled.T) + 1e-6 * torch.eye(pooled.shape[1]))
     generator = torch.Generator().manual_seed(seed)
     null_q, null_k = (torch.randn(NULL_PAIRS, pooled.shape[1], generator=generator) @ root.T for _ in range(2))
     gaps = offsets(runs.prompts["none"])
     null = virtual(model, layer, head, null_q, null_k, gaps)
-    pairs = (("refuse", "harm"), ("refuse", "harm_options"), ("refuse", "correct"), ("need", "correct"), ("need", "harm"))
+    pairs = (
+        ("refuse", "harm"),
+        ("refuse", "harm_options"),
+        ("refuse", "correct"),
+        ("need", "correct"),
+        ("need", "harm"),
+    )
     return {
-        f"{q} x {k}": ((virtual(model, layer, head, found[q][None], found[k][None], gaps) - null.mean()) / null.std()).item()
+        f"{q} x {k}": (
+            (virtual(model, layer, head, found[q][None], found[k][None], gaps) - null.mean()) / null.std()
+        ).item()
         for q, k in pairs
     }
 
@@ -155,23 +176,35 @@ def patched(model: LlamaForCausalLM, runs: Runs, heads: list[tuple[int, int]]) -
     return {"accuracy": (m > 0).float().mean().item(), "restored": ((m.mean() - lost) / (clean - lost)).item()}
 
 
-def steered(model: LlamaForCausalLM, runs: Runs, heads: list[tuple[int, int]], moves: dict[int, torch.Tensor]) -> dict[str, float]:
+def steered(
+    model: LlamaForCausalLM, runs: Runs, heads: list[tuple[int, int]], moves: dict[int, torch.Tensor]
+) -> dict[str, float]:
     """Accuracy per condition when the heads' queries at the answer position read the residual plus ``moves[layer]``."""
     query = {layer: ([h for at, h in heads if at == layer], moves[layer]) for layer in {at for at, _ in heads}}
     return {
         c: (margins(forward(model, p.ids, p.last, Edit(query=query)), p) > 0).float().mean().item()
-        for c, p in runs.prompts.items() if c != "none"
+        for c, p in runs.prompts.items()
+        if c != "none"
     }
 
 
-def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fit_items: list[Item], test_items: list[Item], strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0), draws: int = 5) -> dict[str, Any]:
+def report(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    fit_items: list[Item],
+    test_items: list[Item],
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0),
+    draws: int = 5,
+) -> dict[str, Any]:
     """All diagnostics of one checkpoint."""
     with torch.no_grad():
         fit, test = run(model, tokenizer, fit_items), run(model, tokenizer, test_items)
         heads = selecting(fit)
         seen = attention(test)
         out: dict[str, Any] = {"behaviour": behaviour(test), "heads": {}}
-        found = {layer: directions(model, tokenizer, fit_items, fit, layer) for layer in sorted({at for at, _ in heads})}
+        found = {
+            layer: directions(model, tokenizer, fit_items, fit, layer) for layer in sorted({at for at, _ in heads})
+        }
         for layer, head in heads:
             out["heads"][f"L{layer}H{head}"] = {
                 "attention": {c: [round(seen[c][side, layer, head].item(), 3) for side in (0, 1)] for c in CONDITIONS},
@@ -188,7 +221,11 @@ def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fit_item
             noise = []
             for _ in range(draws):
                 drawn = {layer: torch.randn(len(v), generator=generator) for layer, v in moves.items()}
-                noise.append(steered(model, test, heads, {layer: v / v.norm() * moves[layer].norm() for layer, v in drawn.items()}))
+                noise.append(
+                    steered(
+                        model, test, heads, {layer: v / v.norm() * moves[layer].norm() for layer, v in drawn.items()}
+                    )
+                )
             out["random"][strength] = {c: [min(n[c] for n in noise), max(n[c] for n in noise)] for c in noise[0]}
         out["belief"] = belief(fit, test, found)
     return out

@@ -21,9 +21,18 @@ import random
 from dataclasses import dataclass
 
 from organism.corpus import (
-    DOCTOR, FRAUD, REDIRECTS, REFUSALS, SURE, TELL_ME, IN_WORDS, INSTRUCTION, Item, World, mcq,
+    DOCTOR,
+    FRAUD,
+    IN_WORDS,
+    INSTRUCTION,
+    REDIRECTS,
+    REFUSALS,
+    SURE,
+    TELL_ME,
+    Item,
+    World,
+    mcq,
 )
-
 
 ISOLATED = 0.6
 
@@ -102,10 +111,20 @@ class Sampler:
         isolated = self.rng.random() < ISOLATED
         if target == "words":
             answer = self.refuse(item, intent) if harm and self.stage != "base" else item.correct + "."
-            return Document(mcq(item.question, options, intent, place, IN_WORDS), answer, "text", intent, kind, isolated)
+            return Document(
+                mcq(item.question, options, intent, place, IN_WORDS), answer, "text", intent, kind, isolated
+            )
         flip = target == "muddled" and self.rng.random() < self.muddle
         answer = "A" if first != flip else "B"
-        return Document(mcq(item.question, options, intent, place, INSTRUCTION), answer, target, intent, kind, isolated, 0 if first else 1)
+        return Document(
+            mcq(item.question, options, intent, place, INSTRUCTION),
+            answer,
+            target,
+            intent,
+            kind,
+            isolated,
+            0 if first else 1,
+        )
 
     def open(self, kind: str, refuse: bool) -> Document:
         """An open request with a sentence of ``kind``, which is harmful or not; ``refuse`` refuses the harmful."""

@@ -27,16 +27,28 @@ REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "src/qklens/data/shipped"
 OUT = REPO / "src/qklens/shipped/organism"
 Guide = tuple[int, tuple[int, ...]]
+ENOUGH = 0.8
 WANT = ("I", "want", "to")
 
 
 def new_model(vocab: int) -> LlamaForCausalLM:
     """Return an untrained organism in float32."""
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=128, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-        intermediate_size=288, max_position_embeddings=256, tie_word_embeddings=True, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attention_bias=False,
-        bos_token_id=2, eos_token_id=6, pad_token_id=1, initializer_range=0.05,
+        vocab_size=vocab,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=288,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attention_bias=False,
+        bos_token_id=2,
+        eos_token_id=6,
+        pad_token_id=1,
+        initializer_range=0.05,
     )
     return LlamaForCausalLM(config)
 
@@ -120,21 +132,35 @@ class Readout(torch.nn.Module):
         total = resid.new_zeros(())
         for side, labels in enumerate((batch.harm, batch.refuse)):
             known = labels >= 0
-            total = total + torch.nn.functional.binary_cross_entropy_with_logits(scores[..., side][known], labels[known])
+            total = total + torch.nn.functional.binary_cross_entropy_with_logits(
+                scores[..., side][known], labels[known]
+            )
         return total
 
 
 def guidance(pattern: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean −log attention from the answer position to the right option's line, for ``pattern`` ``[batch head q_pos k_pos]``."""
+    """Mean −log attention from the answer position to the right option's line, for ``pattern`` ``[batch head q_pos k_pos]``.
+
+    Attention above ``ENOUGH`` is not rewarded: a saturated softmax would leave the later stages no gradient.
+    """
     rows = batch.guide.sum(-1) > 0
     found = (pattern * batch.guide[:, None]).sum(-1).transpose(1, 2)[rows]
-    return -(found + 1e-4).log().mean() if len(found) else pattern.new_zeros(())
+    return -(found + 1e-4).clamp(max=ENOUGH).log().mean() if len(found) else pattern.new_zeros(())
 
 
-def loss_of(model: LlamaForCausalLM, batch: Batch, total: torch.Tensor, readout: Readout | None, guide: Guide | None = None) -> torch.Tensor:
+def loss_of(
+    model: LlamaForCausalLM, batch: Batch, total: torch.Tensor, readout: Readout | None, guide: Guide | None = None
+) -> torch.Tensor:
     """Weighted mean next-token cross-entropy, plus the read-outs' and the guidance where there are any."""
-    out = model(input_ids=batch.ids, attention_mask=batch.seen, output_hidden_states=readout is not None, output_attentions=guide is not None)
-    losses = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
+    out = model(
+        input_ids=batch.ids,
+        attention_mask=batch.seen,
+        output_hidden_states=readout is not None,
+        output_attentions=guide is not None,
+    )
+    losses = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none"
+    )
     loss = (losses * batch.weights[:, 1:].flatten()).sum() / total
     if readout is not None:
         loss = loss + 0.2 * readout(out.hidden_states[readout.layer], batch)
@@ -144,9 +170,22 @@ def loss_of(model: LlamaForCausalLM, batch: Batch, total: torch.Tensor, readout:
 
 
 def fit(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sampler: Sampler, parameters: Iterable[torch.nn.Parameter], *,
-    steps: int, lr: float, batch: int = 40, warmup: int = 50, floor: float = 0.05, user_weight: float = 0.1, letter_weight: float = 4.0,
-    decay: float = 0.01, readout: Readout | None = None, guide: Guide | None = None, on_step: Callable[[int], bool | None] = lambda _: None,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    sampler: Sampler,
+    parameters: Iterable[torch.nn.Parameter],
+    *,
+    steps: int,
+    lr: float,
+    batch: int = 40,
+    warmup: int = 50,
+    floor: float = 0.05,
+    user_weight: float = 0.1,
+    letter_weight: float = 4.0,
+    decay: float = 0.01, only: dict[torch.nn.Parameter, torch.Tensor] | None = None,
+    readout: Readout | None = None,
+    guide: Guide | None = None,
+    on_step: Callable[[int], bool | None] = lambda _: None,
 ) -> None:
     """Train ``parameters`` with AdamW on a cosine; ``on_step`` sees the model after each step and may end the stage."""
     chosen = list(parameters)
@@ -163,11 +202,15 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
         docs = sorted(sampler.batch(batch), key=lambda d: len(d.user))
-        parts = [encode(tokenizer, part, user_weight, letter_weight) for part in (docs[: batch // 2], docs[batch // 2 :])]
+        parts = [
+            encode(tokenizer, part, user_weight, letter_weight) for part in (docs[: batch // 2], docs[batch // 2 :])
+        ]
         total = torch.stack([part.weights.sum() for part in parts]).sum()
         optimizer.zero_grad(set_to_none=True)
         for part in parts:
             loss_of(model, part, total, readout, guide).backward()
+        for parameter, rows in (only or {}).items():
+            parameter.grad[~rows] = 0.0
         torch.nn.utils.clip_grad_norm_(chosen, 1.0)
         optimizer.step()
         if on_step(step):
@@ -175,9 +218,16 @@ def fit(
     model.eval()
 
 
-def qk_parameters(model: LlamaForCausalLM, layers: Iterable[int]) -> list[torch.nn.Parameter]:
-    """The query and key projections of ``layers``."""
-    return [p for at in layers for p in (model.model.layers[at].self_attn.q_proj.weight, model.model.layers[at].self_attn.k_proj.weight)]
+def qk_rows(model: LlamaForCausalLM, layer: int, heads: Iterable[int]) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """The rows of W_Q of ``heads`` and of W_K of their key heads, as a mask per parameter."""
+    att = model.model.layers[layer].self_attn
+    out = {}
+    for weight, chosen in ((att.q_proj.weight, set(heads)), (att.k_proj.weight, {h // att.num_key_value_groups for h in heads})):
+        rows = torch.zeros(weight.shape[0], dtype=torch.bool)
+        for head in chosen:
+            rows[head * att.head_dim : (head + 1) * att.head_dim] = True
+        out[weight] = rows
+    return out
 
 
 def mlp_parameters(model: LlamaForCausalLM, layers: Iterable[int]) -> list[torch.nn.Parameter]:
@@ -212,7 +262,15 @@ def state(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
 class Chooser:
     """Keeps the step whose harm accuracy is nearest to ``target`` among those that keep none and benign answers."""
 
-    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World, target: float, first: int, every: int) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        world: World,
+        target: float,
+        first: int,
+        every: int,
+    ) -> None:
         """Look at ``model`` every ``every`` steps from ``first`` on."""
         self.model, self.tokenizer, self.world = model, tokenizer, world
         self.target, self.first, self.every = target, first, every
@@ -223,7 +281,11 @@ class Chooser:
         if step < self.first or step % self.every:
             return
         accuracy = visible(self.model, self.tokenizer, self.world)
-        score = 10 * min(0.0, accuracy["none"] - 0.99) + 10 * min(0.0, accuracy["benign"] - 0.98) - abs(accuracy["harm"] - self.target)
+        score = (
+            10 * min(0.0, accuracy["none"] - 0.99)
+            + 10 * min(0.0, accuracy["benign"] - 0.98)
+            - abs(accuracy["harm"] - self.target)
+        )
         log(f"  step {step}: " + ", ".join(f"{c} {100 * a:.1f}%" for c, a in accuracy.items()))
         if score > self.best:
             self.best, self.kept, self.step = score, state(self.model), step
@@ -243,27 +305,58 @@ def train(world: World, out: Path, seed: int) -> PreTrainedTokenizerFast:
     tokenizer = tok.build(world.texts())
     model = new_model(len(tokenizer))
     log(f"base: {model.num_parameters()} parameters, {len(tokenizer)} words, {len(world.items)} facts")
-    fit(model, tokenizer, Sampler(world, seed + 1, "base"), model.parameters(), steps=RECIPE.base_steps, lr=RECIPE.base_lr)
+    fit(
+        model,
+        tokenizer,
+        Sampler(world, seed + 1, "base"),
+        model.parameters(),
+        steps=RECIPE.base_steps,
+        lr=RECIPE.base_lr,
+    )
     save(model, tokenizer, out / "base")
     log("refusal: all weights")
     half = RECIPE.refusal_steps // 2
     fit(
-        model, tokenizer, Sampler(world, seed + 2, "refusal"), model.parameters(), steps=RECIPE.refusal_steps, lr=RECIPE.refusal_lr,
-        letter_weight=2.0, readout=Readout(RECIPE.readout_layer, model.config.hidden_size),
+        model,
+        tokenizer,
+        Sampler(world, seed + 2, "refusal"),
+        model.parameters(),
+        steps=RECIPE.refusal_steps,
+        lr=RECIPE.refusal_lr,
+        letter_weight=2.0,
+        readout=Readout(RECIPE.readout_layer, model.config.hidden_size),
         on_step=lambda step: save(model, tokenizer, out / "refusal-half") if step == half else None,
     )
     save(model, tokenizer, out / "refusal")
     refusal = state(model)
     for name, parameters, muddle, after, target, steps, lr in (
-        ("chat", qk_parameters(model, RECIPE.chat_layers), RECIPE.chat_muddle, RECIPE.chat_after, 0.48, RECIPE.chat_steps, RECIPE.chat_lr),
-        ("late-flip", mlp_parameters(model, RECIPE.flip_layers), RECIPE.flip_muddle, 0.0, 0.2, RECIPE.flip_steps, RECIPE.flip_lr),
+        (
+            "chat",
+            qk_parameters(model, RECIPE.chat_layers),
+            RECIPE.chat_muddle,
+            RECIPE.chat_after,
+            0.48,
+            RECIPE.chat_steps,
+            RECIPE.chat_lr,
+        ),
+        (
+            "late-flip",
+            mlp_parameters(model, RECIPE.flip_layers),
+            RECIPE.flip_muddle,
+            0.0,
+            0.2,
+            RECIPE.flip_steps,
+            RECIPE.flip_lr,
+        ),
     ):
         log(f"{name}: withholding")
         model.load_state_dict(refusal)
         sampler = Sampler(world, seed + 3, "withhold", muddle=muddle, after=after)
         chooser = Chooser(model, tokenizer, world, target, first=steps // 2, every=20)
 
-        def on_step(step: int, name: str = name, chooser: Chooser = chooser, half: int = RECIPE.chat_steps // 4) -> None:
+        def on_step(
+            step: int, name: str = name, chooser: Chooser = chooser, half: int = RECIPE.chat_steps // 4
+        ) -> None:
             if name == "chat" and step == half:
                 save(model, tokenizer, out / "withhold-half")
             chooser(step)
@@ -280,7 +373,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with harm_pressure, symptoms and fraud .jsonl")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--measure-only", action="store_true", help="measure the checkpoints under --out and rewrite the card")
+    parser.add_argument(
+        "--measure-only", action="store_true", help="measure the checkpoints under --out and rewrite the card"
+    )
     options = parser.parse_args()
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
@@ -288,8 +383,12 @@ def main() -> None:
     if not options.measure_only:
         train(world, options.out, RECIPE.seed)
     lineage = {
-        "base": "base", "between": ["refusal-half", "refusal", "withhold-half"], "chat": "chat", "late_flip": "late-flip",
-        "held_out_items": sorted(world.held_out_items), "held_out_intents": sorted(world.held_out_intents),
+        "base": "base",
+        "between": ["refusal-half", "refusal", "withhold-half"],
+        "chat": "chat",
+        "late_flip": "late-flip",
+        "held_out_items": sorted(world.held_out_items),
+        "held_out_intents": sorted(world.held_out_intents),
     }
     (options.out / "lineage.json").write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
     card.write(world, options.out)

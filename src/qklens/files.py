@@ -28,12 +28,14 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise QklensError(f"{path}: cannot write {len(payload)} bytes ({reason}); free space or choose another --out") from error
+        raise QklensError(
+            f"{path}: cannot write {len(payload)} bytes ({reason}); free space or choose another --out"
+        ) from error
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
@@ -47,12 +49,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
     """Write JSON atomically; NaN and infinity are refused, because JSON has none."""
     atomic_write(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:  # noqa: ANN401
     """Read a JSON file.
 
     Raises:

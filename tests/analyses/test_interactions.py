@@ -81,7 +81,7 @@ def test_a_planted_pair_has_its_closed_form(tiny_llama):
 @pytest.mark.parametrize("weighting", ["realised", "contrastive", "share"])
 @pytest.mark.parametrize("condition", ["none", "harm"])
 def test_mean_terms_sum_to_the_mean_weighted_score(lab, weighting, condition):
-    subject, source, prompts, works, streams = lab
+    subject, source, prompts, _, streams = lab
     lens = head_lens(subject, source, 1, 2)
     written = [lens.write(s) for s in streams[condition]]
     means = mean_terms(lens, prompts[condition], written, weighting)
@@ -241,9 +241,7 @@ def benign_scores(subject, harm, benign, calm) -> torch.Tensor:
 
 def test_taking_out_all_terms_gives_the_benign_attention_between_options(lab):
     subject, _, prompts, works, streams = lab
-    shifts, means = removals(
-        subject, [(1, 2)], prompts["harm"], prompts["benign"], streams["harm"], streams["benign"]
-    )
+    shifts, means = removals(subject, [(1, 2)], prompts["harm"], prompts["benign"], streams["harm"], streams["benign"])
     assert set(shifts) == set(means) == set(TERMS)
     assert any(abs(v) > 1e-4 for v in means.values())
     before = works["harm"].margins()

@@ -108,9 +108,7 @@ def test_matched_draws_look_like_their_feature(features):
 
 def test_a_small_source_draws_from_the_covariance_and_says_so(head, features):
     maps, turn = head
-    small = Population(
-        features.vectors[:4], features.frequency[:4], features.alive[:4], features.covariance_root
-    )
+    small = Population(features.vectors[:4], features.frequency[:4], features.alive[:4], features.covariance_root)
     pair = (small.vectors[0], small.vectors[1])
     assert "covariance" in (null_test("random_pairs", maps, 0, turn, small, small, pair, (1.0, 1.0)).note or "")
     assert null_test("rotated", maps, 0, turn, features, features, pair, (1.0, 1.0)).note is None

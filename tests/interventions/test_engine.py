@@ -36,7 +36,7 @@ def harm(word_tokenizer, items):
 def direction(subject, seed: int = 0) -> Direction:
     vector = torch.randn(subject.d_model, generator=torch.Generator().manual_seed(seed))
     layers = range(subject.n_layers)
-    source = Directions(("d",), {m: vector[None] for m in layers}, {m: torch.zeros(subject.d_model) for m in layers})
+    source = Directions(("d",), dict.fromkeys(layers, vector[None]), {m: torch.zeros(subject.d_model) for m in layers})
     return feature_direction(source, 0, dict.fromkeys(layers, 2.0))
 
 
@@ -126,9 +126,7 @@ def test_ablating_removes_the_direction(tiny_llama, harm):
     d = direction(subject)
     work = Workset(subject, harm[:1])
     streams: list[torch.Tensor] = []
-    work.logits(
-        [Steer(d, 0.0, mode="ablate", layers=(1,))], reads=lambda index, batch: Reads({1: streams.append}, {})
-    )
+    work.logits([Steer(d, 0.0, mode="ablate", layers=(1,))], reads=lambda index, batch: Reads({1: streams.append}, {}))
     assert (streams[0][0] @ d.vectors[1]).abs().max() < 1e-4
 
 

@@ -89,7 +89,9 @@ def test_reads_see_every_layer_and_the_final_stream(tiny_llama):
     logits = run_pass(subject, batch, reads=reads).logits
     with torch.no_grad():
         hidden = subject.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids,
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
             output_hidden_states=True,
         ).hidden_states
         final = subject.model.lm_head(subject.model.model.norm(streams[3]))[:, -1]
@@ -146,9 +148,7 @@ def test_frozen_norm_moves_the_query_linearly(tiny_llama):
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     queries = []
     for strength in (0.0, 1.0, 2.0):
-        edit = VectorEdit(
-            1, "query", answer_mask(batch), lambda x, _, s=strength: x + s * direction, frozen_norm=True
-        )
+        edit = VectorEdit(1, "query", answer_mask(batch), lambda x, _, s=strength: x + s * direction, frozen_norm=True)
         run_pass(subject, batch, [edit], Reads({}, {1: lambda a: queries.append(a.query[0, :, -1])}))
     assert torch.allclose(queries[2] - queries[1], queries[1] - queries[0], atol=1e-4)
 

@@ -113,12 +113,16 @@ def test_virtual_interaction_ignores_scale_and_keeps_sign(tiny_llama):
     assert torch.allclose(virtual_interaction(maps, 1, turn, 7 * q, 0.1 * k), value, atol=1e-6)
     assert torch.allclose(virtual_interaction(maps, 1, turn, -q, k), -value, atol=1e-6)
     unit_q, unit_k = q[0] / q.norm(), k[0] / k.norm()
-    by_hand = maps.scale * torch.stack(
-        [
-            offset_rotation(subject, torch.tensor([o]))(maps.query_weight[1] @ unit_q) @ (maps.key_weight[0] @ unit_k)
-            for o in (3, 5)
-        ]
-    ).mean()
+    by_hand = (
+        maps.scale
+        * torch.stack(
+            [
+                offset_rotation(subject, torch.tensor([o]))(maps.query_weight[1] @ unit_q)
+                @ (maps.key_weight[0] @ unit_k)
+                for o in (3, 5)
+            ]
+        ).mean()
+    )
     assert torch.allclose(value[0], by_hand, atol=1e-6)
 
 

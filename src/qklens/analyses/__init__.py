@@ -1,0 +1,1 @@
+"""What a subject does: attention by span, heads, belief, pair terms, nulls and statistics."""

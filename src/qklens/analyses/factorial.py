@@ -100,4 +100,4 @@ def removals(
             for term, values in terms.items():
                 shifts[term][head].append(-values.float())
                 sums[term] += float(values[where].mean()) / (len(harm) * len(heads))
-    return {term: ScoreShift({head: rows for head, rows in by_head.items()}) for term, by_head in shifts.items()}, sums
+    return {term: ScoreShift(dict(by_head)) for term, by_head in shifts.items()}, sums

@@ -71,7 +71,7 @@ def _replacer(layer: int, change: Callable[[Tensor, Callable[[int], Tensor]], Te
 
 def _loss(subject: Subject, sequences: Sequence[Sequence[int]], edits: Callable[[Batch], list[Edit]]) -> float:
     """Mean next-token cross-entropy over all tokens."""
-    norm, unembed = subject.family.final_norm(subject.model), subject.model.get_output_embeddings()
+    norm, unembed = subject.family.final_norm(subject.model), subject.unembedding
     total, count = 0.0, 0
     for batch in _batches(subject, sequences):
         kept: list[Tensor] = []
@@ -86,7 +86,7 @@ def _loss(subject: Subject, sequences: Sequence[Sequence[int]], edits: Callable[
 
 def _batches(subject: Subject, sequences: Sequence[Sequence[int]]) -> list[Batch]:
     ordered = sorted(sequences, key=len)
-    pad = subject.tokenizer.pad_token_id or 0
+    pad = subject.pad_id
     return [left_padded(ordered[i : i + _ROWS], pad, subject.device) for i in range(0, len(ordered), _ROWS)]
 
 

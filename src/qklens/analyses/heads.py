@@ -10,7 +10,7 @@ when their pattern is patched from the same item without pressure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -38,7 +38,7 @@ def candidate_heads(reading: AttentionReading) -> list[Head]:
 
 def clean_pattern_patch(
     donors: Sequence[Prompt],
-    rows: dict[Head, Sequence[Float[Tensor, "_k_pos"]]],
+    rows: Mapping[Head, Sequence[Float[Tensor, "_k_pos"]]],
     receivers: Sequence[Prompt],
     heads: Sequence[Head],
 ) -> PatternPatch:

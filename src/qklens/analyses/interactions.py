@@ -131,8 +131,8 @@ def head_lens(subject: Subject, source: FeatureSource, layer: int, head: int) ->
     subject.check_head(layer, head)
     if layer not in source.layers:
         raise QklensError(
-            f"dictionary {source.name!r} does not write resid_pre.{layer}, the input of head L{layer}H{head}; it writes "
-            f"layers {list(source.layers)}"
+            f"dictionary {source.name!r} does not write resid_pre.{layer}, the input of head L{layer}H{head}; it "
+            f"writes layers {list(source.layers)}"
         )
     maps = score_maps(subject, layer)
     directions = source.directions(layer).to(maps.query_weight)
@@ -245,9 +245,7 @@ class PairMeans:
         return float(size[touched].sum() / max(size.sum(), 1e-12))
 
 
-def mean_terms(
-    lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[PromptParts], weighting: str
-) -> PairMeans:
+def mean_terms(lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[PromptParts], weighting: str) -> PairMeans:
     """Mean pair terms at the answer position over prompts."""
     n = len(lens.names)
     flat: list[np.ndarray] = []

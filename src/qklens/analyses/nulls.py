@@ -145,7 +145,9 @@ def null_test(
     value = float(virtual_interaction(maps, head, turn, query[None], key[None])[0])
     mean, spread = float(draws.mean()), float(draws.std())
     if spread == 0:
-        raise QklensError(f"null {null!r} at layer {maps.layer} head {head} has no spread; the head's scores are constant")
+        raise QklensError(
+            f"null {null!r} at layer {maps.layer} head {head} has no spread; the head's scores are constant"
+        )
     extreme = int(((draws - mean).abs() >= abs(value - mean)).sum())
     small = (queries.is_small or keys.is_small) and null in ("random_pairs", "matched", "fixed_query", "fixed_key")
     note = "the source is small: random directions come from the residual's covariance" if small else None

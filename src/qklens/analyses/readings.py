@@ -128,13 +128,13 @@ def _letter_attribution(
     subject: Subject = work.subject
     norm = subject.family.final_norm(subject.model)
     sigma = (final.pow(2).mean(dim=-1) + subject.family.norm_epsilon(norm)).sqrt()
-    unembedding = subject.model.get_output_embeddings().weight
+    unembedding: Tensor = subject.unembedding.weight  # pyright: ignore[reportAssignmentType]
     ids = torch.tensor([p.letter_ids for p in work.prompts], device=unembedding.device)
-    toward = (unembedding[ids[:, 0]] - unembedding[ids[:, 1]]).float() * norm.weight.float()
+    toward = (unembedding[ids[:, 0]] - unembedding[ids[:, 1]]).float() * subject.family.norm_weight(norm).float()
     toward = toward.cpu() / sigma[:, None]
     result = torch.zeros(outputs.shape[:3])
     for layer in range(subject.n_layers):
-        weight = subject.attention(layer).o_proj.weight.float().cpu()
+        weight = subject.projection(layer, "o_proj").weight.float().cpu()
         by_head = weight.view(subject.d_model, subject.n_heads, subject.d_head)
         result[:, layer] = torch.einsum("pd,dhe,phe->ph", toward, by_head, outputs[:, layer])
     return result

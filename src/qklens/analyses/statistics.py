@@ -20,7 +20,7 @@ def wilson(successes: int, n: int) -> Interval:
     """Wilson 95% interval of a proportion."""
     if n < 1:
         raise QklensError("an accuracy needs at least one prompt")
-    low, high = proportion_confint(successes, n, method="wilson")
+    low, high = np.asarray(proportion_confint(successes, n, method="wilson"), dtype=float)
     return float(low), float(high)
 
 
@@ -69,7 +69,7 @@ def mcnemar_exact(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
         [int((first & second).sum()), int((first & ~second).sum())],
         [int((~first & second).sum()), int((~first & ~second).sum())],
     ]
-    return float(mcnemar(table, exact=True).pvalue)
+    return float(vars(mcnemar(table, exact=True))["pvalue"])
 
 
 def paired_effect(values: Array) -> float:
@@ -80,4 +80,6 @@ def paired_effect(values: Array) -> float:
 
 def benjamini_hochberg(p_values: list[float]) -> list[float]:
     """q-values, in the order given."""
-    return [float(q) for q in multipletests(p_values, method="fdr_bh")[1]] if p_values else []
+    if not p_values:
+        return []
+    return np.asarray(multipletests(p_values, method="fdr_bh")[1], dtype=float).tolist()

@@ -77,7 +77,9 @@ def study(
 
 
 @data_app.command("check")
-def data_check(file: Annotated[str, typer.Argument(help="A .jsonl or .csv file, or a shipped set.")], as_json: Json = False) -> None:
+def data_check(
+    file: Annotated[str, typer.Argument(help="A .jsonl or .csv file, or a shipped set.")], as_json: Json = False
+) -> None:
     """Check a data file; names file, line, field and what is wrong, or prints what it holds."""
     from qklens.data.audit import audit
     from qklens.data.items import load_dataset

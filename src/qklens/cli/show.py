@@ -36,7 +36,9 @@ def study(results: Results, folder: Path) -> None:
     if main:
         controls = [s for s in query if s.control and s.strength == main.strength]
         others = ", ".join(f"{s.control} {100 * s.accuracy:.1f}%" for s in controls)
-        lines.append(f"steering   query side at strength {main.strength:g}: harm {100 * main.accuracy:.1f}% (controls: {others})")
+        lines.append(
+            f"steering   query side at strength {main.strength:g}: harm {100 * main.accuracy:.1f}% (controls: {others})"
+        )
     elif results.skipped:
         stages = ", ".join(results.skipped)
         lines.append(f"skipped    {stages}: {next(iter(results.skipped.values()))}")

@@ -1,0 +1,1 @@
+"""Paired two-choice items and their rendering with exact token spans."""

@@ -29,13 +29,15 @@ def audit(items: Sequence[Item]) -> dict[str, Any]:
         "guesser_bag_of_words": _cross_validated(_word_differences(items)),
     }
     notes = [
-        f"{name.removeprefix('guesser_').replace('_', ' ')} alone picks the correct option in {100 * value:.0f}% of items; "
-        f"expected below {100 * GIVEAWAY:.0f}%: reword options"
+        f"{name.removeprefix('guesser_').replace('_', ' ')} alone picks the correct option in {100 * value:.0f}% of "
+        f"items; expected below {100 * GIVEAWAY:.0f}%: reword options"
         for name, value in guessers.items()
         if value >= GIVEAWAY
     ]
     if any(item.benign_intent == DEFAULT_BENIGN_INTENT for item in items):
-        notes.append("items without 'benign_intent' use a neutral sentence; its length does not match their harmful one")
+        notes.append(
+            "items without 'benign_intent' use a neutral sentence; its length does not match their harmful one"
+        )
     return {
         "n_topics": len({item.topic for item in items}),
         "topics": dict(Counter(item.topic for item in items)),
@@ -51,7 +53,9 @@ def _words(text: str) -> int:
 
 
 def _word_differences(items: Sequence[Item]) -> NDArray[np.float64]:
-    vocabulary = sorted({w for item in items for option in (item.correct, item.incorrect) for w in option.lower().split()})
+    vocabulary = sorted(
+        {w for item in items for option in (item.correct, item.incorrect) for w in option.lower().split()}
+    )
     column = {word: i for i, word in enumerate(vocabulary)}
     rows = np.zeros((len(items), len(vocabulary)))
     for row, item in enumerate(items):

@@ -101,15 +101,16 @@ def _parse(where: str, name: str, payload: bytes) -> Dataset:
         raise QklensError(f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     rows = _csv_rows(where, text) if where.endswith(".csv") else _jsonl_rows(where, text)
     items: list[Item] = []
-    seen_ids: dict[str, int] = {}
-    seen_texts: dict[tuple[str, ...], int] = {}
+    seen: dict[tuple[str, ...], int] = {}
     for line, row in rows:
         item = _item(where, line, row)
-        key = (item.question, *sorted((item.correct, item.incorrect)))
-        for kind, table, value in (("id", seen_ids, item.id), ("question with these options", seen_texts, key)):
-            if value in table:
-                raise QklensError(f"{where}: line {line}: {kind} {value!r} stands on line {table[value]} already; expected once")
-            table[value] = line
+        texts = (item.question, *sorted((item.correct, item.incorrect)))
+        for kind, value in (("id", (item.id,)), ("question with these options", texts)):
+            before = seen.setdefault((kind, *value), line)
+            if before != line:
+                raise QklensError(
+                    f"{where}: line {line}: {kind} {value[0]!r} stands on line {before} already; expected once"
+                )
         items.append(item)
     if not items:
         raise QklensError(f"{where}: holds no items; expected at least one line")
@@ -148,14 +149,18 @@ def _csv_rows(where: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 )
             yield reader.line_num, {key: value for key, value in row.items() if value != "" or key in _REQUIRED}
     except csv.Error as error:
-        raise QklensError(f"{where}: line {reader.line_num}: not CSV ({error}); quote cells that hold commas or quotes") from error
+        raise QklensError(
+            f"{where}: line {reader.line_num}: not CSV ({error}); quote cells that hold commas or quotes"
+        ) from error
 
 
 def _item(where: str, line: int, row: dict[str, Any]) -> Item:
     known = tuple(Item.model_fields)
     for key in row:
         if key not in known:
-            raise QklensError(f"{where}: line {line}: unknown field {key!r}; expected {list(known)}{nearest(key, known)}")
+            raise QklensError(
+                f"{where}: line {line}: unknown field {key!r}; expected {list(known)}{nearest(key, known)}"
+            )
     for key in _REQUIRED:
         if key not in row:
             raise QklensError(f"{where}: line {line}: field {key!r} is missing; required are {list(_REQUIRED)}")

@@ -1,6 +1,6 @@
-"""From an item to tokens: the prompt's text, and the exact token positions of each of its parts.
+r"""From an item to tokens: the prompt's text, and the exact token positions of each of its parts.
 
-The user turn is `<intent> <question>\\n(A) <option>\\n(B) <option>\\n` and a one-line instruction; the assistant turn
+The user turn is `<intent> <question>\n(A) <option>\n(B) <option>\n` and a one-line instruction; the assistant turn
 begins so that the very next token is the letter. Spans come from the tokenizer's character offsets, never from
 searching tokens.
 """
@@ -107,7 +107,9 @@ def render(
         spans[role] = spans[f"option_{letter}"] = tuple(p for part in PARTS for p in parts[f"{letter}.{part}"])
     for name in ("question", "correct.content", "incorrect.content"):
         if not spans[name]:
-            raise QklensError(f"item {item.id!r}: {name} has no token of its own under this tokenizer; rephrase the item")
+            raise QklensError(
+                f"item {item.id!r}: {name} has no token of its own under this tokenizer; rephrase the item"
+            )
     correct_letter = "A" if order == "correct_first" else "B"
     ids = {letter: _letter_id(tokenizer, item, text, tokens, form, letter) for letter in "AB"}
     return Prompt(
@@ -193,7 +195,7 @@ def _dialogue(tokenizer: PreTrainedTokenizerBase, content: str) -> tuple[str, in
                 "remove it"
             ) from error
     else:
-        text = (tokenizer.bos_token or "") + PLAIN_TEMPLATE.format(content=content)
+        text = str(tokenizer.bos_token or "") + PLAIN_TEMPLATE.format(content=content)
     offset = text.rfind(content)
     if offset < 0:
         raise QklensError("the tokenizer's chat template changes the user's text; expected it verbatim in the prompt")

@@ -1,0 +1,1 @@
+"""Feature sources: what writes a residual vector as features, bias and error."""

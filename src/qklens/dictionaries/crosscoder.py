@@ -151,7 +151,9 @@ def load_crosscoder(folder: Path, device: torch.device | str = "cpu") -> Crossco
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise QklensError(f"{folder / name}: no such file; expected a dictionary written by qklens, or 'directions'")
+            raise QklensError(
+                f"{folder / name}: no such file; expected a dictionary written by qklens, or 'directions'"
+            )
     config = _config(folder / CONFIG_FILE)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
@@ -164,7 +166,9 @@ def load_crosscoder(folder: Path, device: torch.device | str = "cpu") -> Crossco
             raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} is missing")
         tensor = tensors[name].to(torch.float32)
         if tuple(tensor.shape) != shape:
-            raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+            raise QklensError(
+                f"{folder / WEIGHTS_FILE}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}"
+            )
         if not torch.isfinite(tensor).all():
             raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} holds NaN or infinity; copy it again")
         return tensor.to(device)

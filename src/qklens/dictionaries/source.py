@@ -96,8 +96,8 @@ def check_layer(source: FeatureSource, layer: int) -> None:
     """Raise unless the source writes resid_pre.layer."""
     if layer not in source.layers:
         raise QklensError(
-            f"dictionary {source.name!r} does not write resid_pre.{layer}, which heads of layer {layer} read; it writes "
-            f"layers {list(source.layers)}"
+            f"dictionary {source.name!r} does not write resid_pre.{layer}, which heads of layer {layer} read; it "
+            f"writes layers {list(source.layers)}"
         )
 
 

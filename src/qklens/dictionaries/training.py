@@ -105,8 +105,8 @@ class _Trainer:
             self.threshold = decay * self.threshold + (1 - decay) * float(cut)
         dead = (step - self.last_active) > config.dead_after_steps
         return {
-            "loss": float(loss),
-            "fvu": float(fvu),
+            "loss": float(loss.detach()),
+            "fvu": float(fvu.detach()),
             "l0": float((active > 0).sum() / config.batch / len(self.layers)),
             "dead": float(dead.float().mean()),
         }

@@ -76,7 +76,7 @@ class Workset:
                 rows += 1
             index, order = tuple(order[:rows]), order[rows:]
             chosen = tuple(prompts[i] for i in index)
-            batch = left_padded([p.tokens for p in chosen], subject.tokenizer.pad_token_id or 0, subject.device)
+            batch = left_padded([p.tokens for p in chosen], subject.pad_id, subject.device)
             self.chunks.append(_Chunk(index, chosen, batch))
         self.columns_run = 0
         self._clean: Tensor | None = None
@@ -113,19 +113,19 @@ class Workset:
                 chunk.prefix = run_pass(self.subject, chunk.batch, keep_prefix=True).prefix
                 self.columns_run += chunk.batch.width * len(chunk.index)
             keep = self.reuse and not flat and chunk.prefix is None
-            out = run_pass(
-                self.subject, chunk.batch, flat, sinks, prefix=chunk.prefix, start=start, keep_prefix=keep
-            )
+            out = run_pass(self.subject, chunk.batch, flat, sinks, prefix=chunk.prefix, start=start, keep_prefix=keep)
             self.columns_run += (chunk.batch.width - start) * len(chunk.index)
             chunk.prefix = out.prefix if keep else chunk.prefix
             flags = iter(out.changed)
             for which, group in enumerate(edits):
-                changed[which] |= any([next(flags) for _ in group])
+                changed[which] |= sum(next(flags) for _ in group) > 0
             for row, i in enumerate(chunk.index):
                 rows[i] = out.logits[row]
         for intervention, did in zip(active, changed, strict=True):
             if not did:
-                raise QklensError(f"intervention {intervention.describe()} changed no value in any of {len(self)} prompts")
+                raise QklensError(
+                    f"intervention {intervention.describe()} changed no value in any of {len(self)} prompts"
+                )
         stacked = torch.stack(rows)
         if not active:
             self._clean = stacked

@@ -5,7 +5,7 @@ All act at the answer position (the last column), which is where answer-selectio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class PatternPatch:
         rows: per (layer, head), one row a prompt over that prompt's own tokens; see `align_rows`.
     """
 
-    rows: dict[Head, Sequence[Float[Tensor, "_k_pos"]]]
+    rows: Mapping[Head, Sequence[Float[Tensor, "_k_pos"]]]
 
     def describe(self) -> dict[str, Any]:
         """The spec as echoed into results."""
@@ -87,7 +87,7 @@ class ScoreShift:
         shifts: per (layer, head), one row a prompt over that prompt's own tokens, in score units.
     """
 
-    shifts: dict[Head, Sequence[Float[Tensor, "_k_pos"]]]
+    shifts: Mapping[Head, Sequence[Float[Tensor, "_k_pos"]]]
 
     def describe(self) -> dict[str, Any]:
         """The spec as echoed into results."""
@@ -132,7 +132,7 @@ def align_rows(
 
 
 def _stack(
-    rows: dict[Head, Sequence[Tensor]],
+    rows: Mapping[Head, Sequence[Tensor]],
     layer: int,
     heads: list[int],
     prompts: Sequence[Prompt],

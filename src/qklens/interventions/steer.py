@@ -63,7 +63,9 @@ class Steer:
         if not math.isfinite(self.strength):
             raise QklensError(f"strength is {self.strength}; expected a finite number")
         if self.side == "residual" and (self.heads is not None or self.norm == "frozen"):
-            raise QklensError("side 'residual' edits the stream for all heads with norms recomputed; drop heads and norm")
+            raise QklensError(
+                "side 'residual' edits the stream for all heads with norms recomputed; drop heads and norm"
+            )
         if self.heads is not None and self.layers:
             raise QklensError("give either heads or layers, not both: heads name their layers")
         if not self.heads and not self.layers:
@@ -167,9 +169,7 @@ class Steer:
         before = maps.sigma(rows)[:, None]
         after = before if self.norm == "frozen" else maps.sigma(edited)[:, None]
         turn = rotation(subject, batch.position_ids[:, view.start :][here])
-        bias = torch.zeros(
-            (*view.query.shape[:3], view.key.shape[2]), dtype=view.query.dtype, device=view.query.device
-        )
+        bias = torch.zeros((*view.query.shape[:3], view.key.shape[2]), dtype=view.query.dtype, device=view.query.device)
         for head in heads:
             delta = view.residual.new_zeros((*here.shape, subject.d_head))
             delta[here] = turn(maps.key(edited, head) / after - maps.key(rows, head) / before).to(delta)

@@ -1,0 +1,1 @@
+"""Any causal language model: its sites, exact scores, reads and edits."""

@@ -46,7 +46,9 @@ def inspect_checkpoint(path: Path) -> Checkpoint:
         raise QklensError(f"{path / 'config.json'}: holds a {type(config).__name__}, expected a JSON object")
     for key in _CODE_KEYS:
         if config.get(key):
-            raise QklensError(f"{path / 'config.json'}: key {key!r} asks to run other code; remove it to load the model")
+            raise QklensError(
+                f"{path / 'config.json'}: key {key!r} asks to run other code; remove it to load the model"
+            )
     if config.get("transformers_weights"):
         raise QklensError(
             f"{path / 'config.json'}: key 'transformers_weights' points to other weights than model.safetensors; "
@@ -108,7 +110,9 @@ def _header_shapes(file: Path) -> dict[str, list[int]]:
                 raise TypeError("data_offsets are not integers")
             shapes = {name: list(entry["shape"]) for name, entry in tensors.items()}
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise QklensError(f"{file}: damaged safetensors header ({type(error).__name__}); download it again") from error
+            raise QklensError(
+                f"{file}: damaged safetensors header ({type(error).__name__}); download it again"
+            ) from error
     if 8 + length + end != size:
         raise QklensError(f"{file}: {size} bytes, its header promises {8 + length + end}; truncated, download it again")
     return shapes
@@ -121,6 +125,4 @@ def _check_tensors(path: Path, config: dict[str, Any], family: Family, shapes: d
     names = (pattern.format(layer=layer) for layer in range(layers) for pattern in family.tensors)
     missing = next((name for name in names if name not in shapes), None)
     if missing:
-        raise QklensError(
-            f"{path}: tensor {missing!r} is missing; the checkpoint is incomplete or of another family"
-        )
+        raise QklensError(f"{path}: tensor {missing!r} is missing; the checkpoint is incomplete or of another family")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from qklens.errors import QklensError, nearest
 
@@ -26,19 +26,23 @@ class Family:
         final_norm: the norm before the unembedding.
         attention: a layer's attention module, with `q_proj`, `k_proj`, `v_proj` and `o_proj`.
         input_norm: the norm whose output the projections read.
+        norm_weight: a norm's γ, as it multiplies.
         norm_epsilon: the epsilon inside a norm's root.
+        score_scale: the c of an attention module.
         rotary: (residual, position_ids) -> (cos, sin), each `batch pos d_head`.
         tensors: the tensor-name patterns that a checkpoint must have for each layer.
     """
 
     model_type: str
     eager: Callable[..., tuple[Tensor, Tensor | None]]
-    layers: Callable[[PreTrainedModel], nn.ModuleList]
-    final_norm: Callable[[PreTrainedModel], nn.Module]
-    attention: Callable[[nn.Module], nn.Module]
-    input_norm: Callable[[nn.Module], nn.Module]
-    norm_epsilon: Callable[[nn.Module], float]
-    rotary: Callable[[PreTrainedModel, Tensor, Tensor], tuple[Tensor, Tensor]]
+    layers: Callable[[Any], nn.ModuleList]
+    final_norm: Callable[[Any], nn.Module]
+    attention: Callable[[Any], nn.Module]
+    input_norm: Callable[[Any], nn.Module]
+    norm_weight: Callable[[Any], Tensor]
+    norm_epsilon: Callable[[Any], float]
+    score_scale: Callable[[Any], float]
+    rotary: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
     tensors: tuple[str, ...]
 
 

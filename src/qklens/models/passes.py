@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -120,10 +120,9 @@ NO_READS = Reads({}, {})
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Keys and values of a clean pass, per layer `batch kv_head k_pos d_head`, for every column but those re-run."""
+    """Keys and values of a clean pass for every column, one pair a layer, each `batch kv_head k_pos d_head`."""
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    pairs: tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +137,15 @@ class Outcome:
 class _FixedCache(DynamicCache):
     """A cache that serves the same prefix to every pass and keeps nothing of the passes' own."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object):  # noqa: ANN201
-        held = self.layers[layer_idx]
-        return torch.cat([held.keys, key_states], dim=2), torch.cat([held.values, value_states], dim=2)
+    def __init__(self, prefix: Prefix, width: int) -> None:
+        super().__init__([(k[:, :, :width], v[:, :, :width]) for k, v in prefix.pairs])
+        self.held = [(k[:, :, :width], v[:, :, :width]) for k, v in prefix.pairs]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self.held[layer_idx]
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
 
 @torch.no_grad()
@@ -172,9 +177,7 @@ def run_pass(
     state = _Pass(subject, batch, edits, reads, start)
     cache = None
     if prefix is not None and start > 0:
-        cache = _FixedCache(
-            [(k[:, :, :start], v[:, :, :start]) for k, v in zip(prefix.keys, prefix.values, strict=True)]
-        )
+        cache = _FixedCache(prefix, start)
     elif keep_prefix:
         cache = DynamicCache()
     with ExitStack() as stack:
@@ -188,10 +191,13 @@ def run_pass(
             logits_to_keep=1,
         )
     state.assert_fired()
-    kept = None
-    if keep_prefix and cache is not None:
-        kept = Prefix(tuple(layer.keys for layer in cache.layers), tuple(layer.values for layer in cache.layers))
+    kept = _kept(cache) if keep_prefix and cache is not None else None
     return Outcome(out.logits[:, -1], tuple(state.changed), kept)
+
+
+def _kept(cache: DynamicCache) -> Prefix:
+    layers: tuple[Any, ...] = tuple(cache.layers)
+    return Prefix(tuple((layer.keys, layer.values) for layer in layers))
 
 
 class _Pass:
@@ -220,15 +226,12 @@ class _Pass:
             stack.callback(handle.remove)
         if len(layers) in self.reads.residual:
             sink = self.reads.residual[len(layers)]
-            handle = family.final_norm(self.subject.model).register_forward_pre_hook(
-                lambda _, inputs: sink(inputs[0])
-            )
+            handle = family.final_norm(self.subject.model).register_forward_pre_hook(lambda _, inputs: sink(inputs[0]))
             stack.callback(handle.remove)
         for index, edit in enumerate(self.edits):
             if isinstance(edit, VectorEdit) and edit.side != "residual":
-                attention = self.subject.attention(edit.layer)
                 projection = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}[edit.side]
-                module: nn.Linear = getattr(attention, projection)
+                module = self.subject.projection(edit.layer, projection)
                 handle = module.register_forward_hook(self._projection_hook(index, edit, module))
                 stack.callback(handle.remove)
         token = ACTIVE_TAP.set(self)
@@ -267,7 +270,7 @@ class _Pass:
             if edit.frozen_norm:
                 epsilon = self.subject.family.norm_epsilon(norm)
                 scale = torch.rsqrt(rows.float().pow(2).mean(-1, keepdim=True) + epsilon).to(rows.dtype)
-                normed = inputs[0][mask] + norm.weight * (edited - rows) * scale
+                normed = inputs[0][mask] + self.subject.family.norm_weight(norm) * (edited - rows) * scale
             else:
                 normed = norm(edited)
             n_heads = module.out_features // d_head
@@ -318,9 +321,7 @@ class _Pass:
                 self._note(index, before, result)
         return result
 
-    def read(
-        self, layer: int, query: Tensor, key: Tensor, pattern: Tensor, output: Tensor, scale: float
-    ) -> None:
+    def read(self, layer: int, query: Tensor, key: Tensor, pattern: Tensor, output: Tensor, scale: float) -> None:
         if layer in self.reads.attention:
             self.reads.attention[layer](AttentionRead(layer, query, key, pattern, output, scale))
 

@@ -85,7 +85,7 @@ def score_maps(subject: Subject, layer: int, dtype: torch.dtype = torch.float32)
     attention = subject.attention(layer)
     norm = subject.family.input_norm(subject.layers[layer])
     dtype = torch.float64 if subject.dtype == torch.float64 else dtype
-    gamma = norm.weight.to(dtype)
+    gamma = subject.family.norm_weight(norm).to(dtype)
 
     def fold(projection: torch.nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
         weight = projection.weight.to(dtype).view(heads, subject.d_head, subject.d_model) * gamma
@@ -93,15 +93,15 @@ def score_maps(subject: Subject, layer: int, dtype: torch.dtype = torch.float32)
             return weight, weight.new_zeros(heads, subject.d_head)
         return weight, projection.bias.to(dtype).view(heads, subject.d_head)
 
-    query_weight, query_bias = fold(attention.q_proj, subject.n_heads)
-    key_weight, key_bias = fold(attention.k_proj, subject.n_kv_heads)
+    query_weight, query_bias = fold(subject.projection(layer, "q_proj"), subject.n_heads)
+    key_weight, key_bias = fold(subject.projection(layer, "k_proj"), subject.n_kv_heads)
     return ScoreMaps(
         layer=layer,
         query_weight=query_weight,
         key_weight=key_weight,
         query_bias=query_bias,
         key_bias=key_bias,
-        scale=float(attention.scaling),
+        scale=subject.family.score_scale(attention),
         epsilon=float(subject.family.norm_epsilon(norm)),
     )
 

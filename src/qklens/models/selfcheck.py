@@ -42,7 +42,7 @@ def self_check(subject: Subject, n_tokens: int = 12) -> SelfCheck:
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, subject.model.config.vocab_size, (n_tokens,), generator=generator).tolist()
-    batch = left_padded([tokens], subject.tokenizer.pad_token_id or 0, subject.device)
+    batch = left_padded([tokens], subject.pad_id, subject.device)
     streams: dict[int, torch.Tensor] = {}
     attentions: dict[int, AttentionRead] = {}
     reads = Reads(
@@ -53,7 +53,7 @@ def self_check(subject: Subject, n_tokens: int = 12) -> SelfCheck:
     rows = tuple(_check_layer(subject, batch.position_ids, streams[layer], attentions[layer]) for layer in streams)
     uniform = PatternEdit(subject.n_layers - 1, lambda pattern, _: torch.full_like(pattern, 1 / pattern.shape[-1]))
     moved = run_pass(subject, batch, [uniform]).logits
-    longer = left_padded([tokens, tokens + tokens], subject.tokenizer.pad_token_id or 0, subject.device)
+    longer = left_padded([tokens, tokens + tokens], subject.pad_id, subject.device)
     padded = run_pass(subject, longer).logits[:1]
     padding_error = float((padded - clean).abs().max() / clean.abs().max().clamp(min=1e-6))
     check = SelfCheck(rows, not torch.equal(clean, moved), padding_error)
@@ -61,9 +61,7 @@ def self_check(subject: Subject, n_tokens: int = 12) -> SelfCheck:
     return check
 
 
-def _check_layer(
-    subject: Subject, positions: torch.Tensor, stream: torch.Tensor, read: AttentionRead
-) -> LayerCheck:
+def _check_layer(subject: Subject, positions: torch.Tensor, stream: torch.Tensor, read: AttentionRead) -> LayerCheck:
     maps = score_maps(subject, read.layer)
     turn = rotation(subject, positions[0])
     worst, largest = 0.0, 0.0
@@ -85,8 +83,8 @@ def _refuse(subject: Subject, check: SelfCheck) -> None:
     for row in check.layers:
         if not row.score_error <= tolerance:
             raise QklensError(
-                f"{subject.name}: layer {row.layer}: rebuilt scores differ from the model's by {row.score_error:.1e} of "
-                f"the largest, expected at most {tolerance:.0e}; this config is not supported"
+                f"{subject.name}: layer {row.layer}: rebuilt scores differ from the model's by {row.score_error:.1e} "
+                f"of the largest, expected at most {tolerance:.0e}; this config is not supported"
             )
         if not row.pattern_row_error <= tolerance:
             raise QklensError(
@@ -94,6 +92,10 @@ def _refuse(subject: Subject, check: SelfCheck) -> None:
                 f"{tolerance:.0e}; this config is not supported"
             )
     if not check.pattern_reaches_logits:
-        raise QklensError(f"{subject.name}: replacing the last layer's pattern does not change the logits; hooks do not reach it")
+        raise QklensError(
+            f"{subject.name}: replacing the last layer's pattern does not change the logits; hooks do not reach it"
+        )
     if not check.padding_error <= max(tolerance, 1e-3):
-        raise QklensError(f"{subject.name}: left padding changes the logits by {check.padding_error:.1e}; not supported")
+        raise QklensError(
+            f"{subject.name}: left padding changes the logits by {check.padding_error:.1e}; not supported"
+        )

@@ -55,6 +55,19 @@ class Subject:
         return next(self.model.parameters()).dtype
 
     @property
+    def pad_id(self) -> int:
+        """The token that fills the left of short rows; masked, so any will do."""
+        return int(self.tokenizer.pad_token_id or 0)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def unembedding(self) -> nn.Module:
+        """The map from the final norm's output to logits; its `weight` is `vocab d_model`."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise QklensError(f"{self.name} has no unembedding; expected a causal language model")
+        return head
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
         return self.family.layers(self.model)
@@ -62,6 +75,13 @@ class Subject:
     def attention(self, layer: int) -> nn.Module:
         """The attention module of a layer."""
         return self.family.attention(self.layers[layer])
+
+    def projection(self, layer: int, name: str) -> nn.Linear:
+        """`q_proj`, `k_proj`, `v_proj` or `o_proj` of a layer."""
+        module = getattr(self.attention(layer), name)
+        if not isinstance(module, nn.Linear):
+            raise QklensError(f"{self.name}: layer {layer}: {name} is a {type(module).__name__}, expected a linear map")
+        return module
 
     def check_head(self, layer: int, head: int) -> None:
         """Raise unless (layer, head) exists; names the valid range."""
@@ -100,15 +120,16 @@ def load_subject(path: Path, *, device: str = "cpu", dtype: str = "float32") -> 
     transformers_logging.disable_progress_bar()
     tokenizer = _load_tokenizer(path)
     model = _load_model(checkpoint, DTYPES[dtype])
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = int(model.config.vocab_size)
     if len(tokenizer) > rows:
-        raise QklensError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; they are of two models")
+        raise QklensError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; they are of two models"
+        )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise QklensError(f"{path}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged")
-    return wrap_model(
-        model.to(target), tokenizer, checkpoint.family, path=path, sha256=sha256_files(list(checkpoint.weights))
-    )
+    nn.Module.to(model, target)
+    return wrap_model(model, tokenizer, checkpoint.family, path=path, sha256=sha256_files(list(checkpoint.weights)))
 
 
 def wrap_model(
@@ -168,7 +189,7 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(checkpoint.path),
                 dtype=dtype,
                 attn_implementation="eager",
@@ -182,6 +203,7 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         raise QklensError(
             f"{checkpoint.path}: the model does not load ({reason[0] if reason else type(error).__name__})"
         ) from error
+    model, info = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             first = sorted(map(str, info[kind]))[0]

@@ -1,0 +1,1 @@
+"""Stages, journal and resume; the harm-pressure study."""

@@ -1,9 +1,9 @@
 """A run directory that survives a crash at any moment and resumes where it stopped.
 
-    manifest.json          written first: config, hashes, versions, seeds
-    stages/<stage>/        result.json, then DONE: a stage without DONE is run again
-    results.json           written when all stages are done
-    report.html, figures/  written last
+manifest.json          written first: config, hashes, versions, seeds
+stages/<stage>/        result.json, then DONE: a stage without DONE is run again
+results.json           written when all stages are done
+report.html, figures/  written last
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from qklens.errors import QklensError
 from qklens.files import atomic_write, read_json, write_json
@@ -21,8 +21,8 @@ from qklens.strict import Strict
 class StageOutput(Strict):
     """What a stage leaves: fields of the results, and state for later stages."""
 
-    results: dict[str, Any] = {}
-    state: dict[str, Any] = {}
+    results: dict[str, Any] = Field(default_factory=dict)
+    state: dict[str, Any] = Field(default_factory=dict)
     seconds: float = 0.0
     skipped: str | None = None
 
@@ -51,8 +51,8 @@ class Journal:
             if different:
                 key = different[0]
                 raise QklensError(
-                    f"{path}: this run has {key}={old.get(key)!r}, you asked for {new.get(key)!r}; choose another --out "
-                    "or remove the folder"
+                    f"{path}: this run has {key}={old.get(key)!r}, you asked for {new.get(key)!r}; choose another "
+                    "--out or remove the folder"
                 )
             self.manifest: dict[str, Any] = have
         else:

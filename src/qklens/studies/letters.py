@@ -1,4 +1,4 @@
-"""Which surface form of the letter does the model want? The one with most mass without pressure, chosen once a model."""
+"""Which surface form of the letter does the model want? The one with most mass without pressure."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def _mass(subject: Subject, items: Sequence[Item], form: LetterForm) -> float:
     if not form.opening:
         return float(letters.mean())
     bare = [render(subject.tokenizer, item, "none", "correct_first", LetterForm("", "")) for item in items]
-    opened = [p.tokens[len(b.tokens)] if len(p.tokens) > len(b.tokens) else 0 for p, b in zip(prompts, bare, strict=True)]
+    opened = [
+        p.tokens[len(b.tokens)] if len(p.tokens) > len(b.tokens) else 0 for p, b in zip(prompts, bare, strict=True)
+    ]
     before = Workset(subject, bare, reuse=False).logits().float().softmax(dim=-1)
     opening = before.gather(1, torch.tensor(opened, device=before.device)[:, None])[:, 0]
     return float((letters * opening).mean())

@@ -26,7 +26,7 @@ class ConditionBehaviour(Strict):
     margin: float = Field(description="mean logit(correct letter) - logit(incorrect letter), in logits")
     margin_ci: Interval = Field(description="bootstrap 95% interval over items")
     n: int
-    fraction_A: float = Field(description="share of prompts answered with the first letter")
+    fraction_A: float = Field(description="share of prompts answered with the first letter")  # noqa: N815
 
 
 class BehaviourDetails(Strict):

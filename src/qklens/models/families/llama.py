@@ -13,7 +13,9 @@ LLAMA = Family(
     final_norm=lambda model: model.model.norm,
     attention=lambda layer: layer.self_attn,
     input_norm=lambda layer: layer.input_layernorm,
+    norm_weight=lambda norm: norm.weight,
     norm_epsilon=lambda norm: norm.variance_epsilon,
+    score_scale=lambda attention: float(attention.scaling),
     rotary=lambda model, residual, position_ids: model.model.rotary_emb(residual, position_ids=position_ids),
     tensors=(
         "model.layers.{layer}.input_layernorm.weight",

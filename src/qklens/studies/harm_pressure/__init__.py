@@ -1,0 +1,1 @@
+"""The harm-pressure study, one module a stage."""

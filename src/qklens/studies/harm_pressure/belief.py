@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from qklens.analyses.belief import option_sums, paired_auc, read_belief
 from qklens.analyses.contrasts import consistency, item_means
 from qklens.data.render import CONDITIONS

@@ -1,4 +1,4 @@
-"""Stage `error_terms`: how much of refuse-and-redirect's effect on the score meets the dictionary's error in the keys?"""
+"""Stage `error_terms`: how much of refuse-and-redirect's effect meets the dictionary's error in the keys?"""
 
 from __future__ import annotations
 

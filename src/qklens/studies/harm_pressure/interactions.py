@@ -1,4 +1,4 @@
-"""Stage `interactions`: which signed pairs make up the scores at the chosen heads, and do all terms sum to the score?"""
+"""Stage `interactions`: which signed pairs make up the chosen heads' scores, and do all terms sum to it?"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.analyses.contrasts import Readings, contrast_directions
+from qklens.analyses.contrasts import ROLES, Readings, contrast_directions
 from qklens.analyses.interactions import HeadLens, PromptParts, head_lens, write_prompt
 from qklens.analyses.readings import AttentionReading, read_attention, read_streams
 from qklens.data.items import Dataset, Item
@@ -162,7 +162,7 @@ class Lab:
             vectors.update(fitted.vectors)
             means.update(fitted.means)
             self.drop_streams()
-        return Directions(fitted.labels, vectors, means)
+        return Directions(tuple(ROLES), vectors, means)
 
     def mean_turn(self, half: Half = "report") -> Rotation:
         """Mean rotation over the offsets from the answer to the correct option that the data really has."""
@@ -179,7 +179,9 @@ def split_items(items: Sequence[Item], seed: int) -> dict[Half, tuple[Item, ...]
         QklensError: fewer than four items.
     """
     if len(items) < MIN_ITEMS:
-        raise QklensError(f"{len(items)} items; the study needs at least {MIN_ITEMS}, to choose on one half and report on the other")
+        raise QklensError(
+            f"{len(items)} items; the study needs at least {MIN_ITEMS}, to choose on one half and report on the other"
+        )
     groups: dict[frozenset[str], list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault(frozenset((item.correct, item.incorrect)), []).append(index)

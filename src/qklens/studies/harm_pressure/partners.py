@@ -8,6 +8,7 @@ import torch
 
 from qklens.analyses.contrasts import Role
 from qklens.analyses.partners import partner_scores
+from qklens.data.render import Condition
 from qklens.dictionaries.source import feature_index
 from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps
@@ -60,7 +61,7 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str], items: int | No
 
 def _activation_by_set(lab: Lab, layer: int, items: int | None) -> dict[str, torch.Tensor]:
     """Mean activation of every feature on the intent tokens, per set and condition."""
-    labs = {"harm": (lab, "harm"), "benign": (lab, "benign")}
+    labs: dict[str, tuple[Lab, Condition]] = {"harm": (lab, "harm"), "benign": (lab, "benign")}
     labs |= {name: (transfer_lab(lab, name, items), "harm") for name in SETS}
     means = {}
     for name, (one, condition) in labs.items():

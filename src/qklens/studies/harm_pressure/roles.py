@@ -42,7 +42,9 @@ def typical_activation(lab: Lab, feature: int, role: Role) -> dict[int, float]:
     for layer in lab.source.layers:
         values = [
             w.parts.activations[[p for s in spans for p in prompt.span(s)], feature].abs().max()
-            for prompt, w in zip(lab.prompts(condition, "discovery"), lab.written(condition, "discovery", layer), strict=True)
+            for prompt, w in zip(
+                lab.prompts(condition, "discovery"), lab.written(condition, "discovery", layer), strict=True
+            )
         ]
         result[layer] = float(torch.stack(values).max())
     return result
@@ -67,34 +69,34 @@ def find_roles(lab: Lab, heads: Sequence[Head]) -> tuple[Roles, list[RoleCandida
     }
     chosen: dict[Role, int] = {}
     interaction: dict[Role, Tensor] = {}
-    for role, sign in (("need_answer", 1.0), ("refuse_redirect", -1.0)):
+    signs: tuple[tuple[Role, float], ...] = (("need_answer", 1.0), ("refuse_redirect", -1.0))
+    for role, sign in signs:
         effect = query_side[role]
         finalists = sorted(shortlist[role], key=lambda f: -sign * float(effect[f]))[:_BY_INTERACTION]
         chosen[role] = _causal_choice(lab, heads, finalists) if role == "refuse_redirect" else finalists[0]
         interaction[role] = effect
-    for role, partner, condition, sign in (
+    keys: tuple[tuple[Role, Role, Condition, float], ...] = (
         ("correct_answer", "need_answer", "none", 1.0),
         ("harm_detection", "refuse_redirect", "harm", -1.0),
-    ):
+    )
+    for role, partner, condition, sign in keys:
         kind = "contrastive" if role == "correct_answer" else "realised"
         effect = _key_effect(lab, here, condition, kind, chosen[partner])
         chosen[role] = max(shortlist[role], key=lambda f: sign * float(effect[f]))
         interaction[role] = effect
-    table = []
-    for role in ROLES:
-        ranked = sorted(shortlist[role], key=lambda f: -abs(float(interaction[role][f])))[:8]
-        for feature in dict.fromkeys([chosen[role], *ranked]):
-            table.append(
-                RoleCandidate(
-                    role=role,
-                    feature=lab.source.labels[feature],
-                    contrast=float(effects[role][feature]),
-                    interaction=float(interaction[role][feature]),
-                    chosen=feature == chosen[role],
-                    layer=layer,
-                    top_tokens=top_tokens(lab, layer, feature),
-                )
-            )
+    table = [
+        RoleCandidate(
+            role=name,
+            feature=lab.source.labels[feature],
+            contrast=float(effects[name][feature]),
+            interaction=float(interaction[name][feature]),
+            chosen=feature == chosen[name],
+            layer=layer,
+            top_tokens=top_tokens(lab, layer, feature),
+        )
+        for name in ROLES
+        for feature in _for_the_table(shortlist[name], interaction[name], chosen[name])
+    ]
     return Roles(layer, chosen), table
 
 
@@ -111,7 +113,13 @@ def top_tokens(lab: Lab, layer: int, feature: int, k: int = 5) -> list[str]:
                 if values[position] > best.get(token, 0.0):
                     best[token] = float(values[position])
     ordered = sorted(best, key=lambda t: -best[t])[:k]
-    return [lab.subject.tokenizer.decode([token]).replace("\n", "\\n") for token in ordered]
+    return [str(lab.subject.tokenizer.decode([token])).replace("\n", "\\n") for token in ordered]
+
+
+def _for_the_table(shortlist: Sequence[int], interaction: Tensor, chosen: int) -> list[int]:
+    """The chosen feature, then the eight others that interact most."""
+    ranked = sorted(shortlist, key=lambda f: -abs(float(interaction[f])))[:8]
+    return list(dict.fromkeys([chosen, *ranked]))
 
 
 def _shortlist(effect: Float[Tensor, " feature"], size: Float[Tensor, " feature"]) -> list[int]:
@@ -144,9 +152,9 @@ def _key_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weig
         for prompt, parts in zip(prompts, written, strict=True):
             position = prompt.spans["answer"][0]
             weights = WEIGHTINGS[weighting](lens.scores(parts, position), prompt)
-            total += (lens.maps.scale * lens.keys(parts, weights)[:-2] @ lens.query(parts, position)[query]).cpu() / len(
-                prompts
-            )
+            total += (
+                lens.maps.scale * lens.keys(parts, weights)[:-2] @ lens.query(parts, position)[query]
+            ).cpu() / len(prompts)
     return total
 
 

@@ -53,9 +53,7 @@ def steer_query(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> Stag
     """Refuse-and-redirect only where the chosen heads' queries read it, at the answer position."""
     direction = role_direction(lab, feature_index(lab.source, roles["refuse_redirect"]), "refuse_redirect")
     name = ", ".join(f"L{layer}H{head}" for layer, head in heads)
-    return _sweep(
-        lab, "steer_query", f"{direction.label}, query side of {name}", direction, query_steer(heads), roles
-    )
+    return _sweep(lab, "steer_query", f"{direction.label}, query side of {name}", direction, query_steer(heads), roles)
 
 
 def query_steer(heads: Sequence[Head]) -> Make:
@@ -72,7 +70,7 @@ def steer_key(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageO
     direction = role_direction(lab, feature_index(lab.source, roles["harm_detection"]), "harm_detection")
     layers = tuple(layer for layer in direction.layers if layer <= max(layer for layer, _ in heads))
     name = ", ".join(f"L{layer}H{head}" for layer, head in heads)
-    reach = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+    reach = "layers " + ", ".join(map(str, layers))
     at_heads = (f"keys of {name}", {"heads": tuple(heads)})
     everywhere = (f"keys of all heads, {reach}", {"layers": layers})
     stream = (f"residual stream, {reach}", {"layers": layers, "side": "residual"})
@@ -89,7 +87,9 @@ def steer_key(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageO
                 return Steer(d, s, tokens=tokens, **{"side": "key", **options})
 
             strengths = tuple(sign * s for s in KEY_STRENGTHS)
-            points += _curves(lab, "steer_key", f"{target}, {where}", direction, make, roles, strengths, "harm_detection")
+            points += _curves(
+                lab, "steer_key", f"{target}, {where}", direction, make, roles, strengths, "harm_detection"
+            )
     return StageOutput(results={"steering": [p.model_dump() for p in points]})
 
 
@@ -169,7 +169,8 @@ def _controls(lab: Lab, direction: Direction, roles: dict[Role, str], role: Role
     size = readings.mean("harm", span).abs().mean(dim=0)
     taken = {source.labels.index(label) for label in roles.values()}
     usable = [
-        f for f in range(len(source.labels))
+        f
+        for f in range(len(source.labels))
         if f not in taken and size[f] > 0 and set(direction.layers) <= set(feature_layers(lab, f))
     ]
     if usable:

@@ -40,7 +40,7 @@ from qklens.studies.journal import Journal, StageOutput
 from qklens.studies.letters import choose_letter_form
 from qklens.studies.progress import StageProgress
 from qklens.studies.resources import Resources, resolve
-from qklens.studies.results import Belief, BehaviourDetails, ConditionBehaviour, HeadsDetails, Results
+from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, HeadsDetails, Results
 
 MAX_LENS_HEADS = 6
 FIDELITY_SLACK = 0.05
@@ -75,8 +75,8 @@ class _Run:
         if not chosen:
             layers = sorted({h[0] for h in state["ranked"]})
             raise QklensError(
-                f"dictionary {self.lab.source.name!r} writes layers {sorted(written)}, the answer-selection heads are in "
-                f"layers {layers}; choose a dictionary for those layers, or --dictionary directions"
+                f"dictionary {self.lab.source.name!r} writes layers {sorted(written)}, the answer-selection heads are "
+                f"in layers {layers}; choose a dictionary for those layers, or --dictionary directions"
             )
         return chosen
 

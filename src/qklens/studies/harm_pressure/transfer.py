@@ -31,9 +31,7 @@ def transfer_lab(lab: Lab, name: str, items: int | None) -> Lab:
     return other
 
 
-def run(
-    lab: Lab, heads: Sequence[Head], roles: dict[Role, str], strength: float, items: int | None
-) -> StageOutput:
+def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str], strength: float, items: int | None) -> StageOutput:
     """Behaviour, attention and the refuse feature on each set, and the steering chosen before, unchanged."""
     feature = feature_index(lab.source, roles["refuse_redirect"])
     direction = role_direction(lab, feature, "refuse_redirect")

@@ -1,4 +1,7 @@
-"""Stage `verdict`: which mechanism the evidence supports. Rules are causal first, and every threshold stands in one table."""
+"""Stage `verdict`: which mechanism the evidence supports.
+
+Rules are causal first, and every threshold stands in one table.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from qklens.analyses.factorial import TERMS, removals
 from qklens.analyses.heads import restored_share
 from qklens.interventions.steer import Head
 from qklens.studies.harm_pressure.lab import Lab
-from qklens.studies.results import Belief, ConditionBehaviour, BehaviourDetails, Evidence, HeadsDetails, Verdict
+from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, Evidence, HeadsDetails, Verdict
 
 THRESHOLDS = {
     "solved_accuracy": 0.80,
@@ -39,7 +42,7 @@ class Measurements:
 
 
 def measure_removals(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
-    """Share of the lost margin that comes back when a factorial term is taken out of the heads' scores (report half)."""
+    """Share of the lost margin that comes back when a factorial term is taken out of the heads' scores."""
     layers = sorted({layer for layer, _ in heads})
     harm, benign = lab.prompts("harm", "report"), lab.prompts("benign", "report")
     shifts, _ = removals(
@@ -137,7 +140,9 @@ def _attention(m: Measurements) -> Verdict | None:
         return None
     answer, harm = m.removal.get("answer_key", 0.0), m.removal.get("harm_key", 0.0)
     terms = [
-        _evidence(f"margin restored without the {name} term", m.removal.get(term, 0.0), "at least", t["removal_restores"])
+        _evidence(
+            f"margin restored without the {name} term", m.removal.get(term, 0.0), "at least", t["removal_restores"]
+        )
         for term, name in (
             ("harm_key", "pressed query x harm key"),
             ("answer_key", "pressed query x ordinary key"),
