@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from organism import generate, measure
 from organism.corpus import Item, World
+from organism.fit import ENOUGH
 from organism.recipe import RECIPE
+from organism.stages import ISOLATED
 
 NAMES = ("base", "refusal-half", "refusal", "withhold-half", "chat", "late-flip")
 
@@ -99,7 +101,7 @@ def mechanism(found: dict[str, Any], name: str) -> str:
         "",
     ]
     lines.append(
-        f"Attention rows of these heads from the run without pressure: harm accuracy {percent(m['patched']['accuracy'])}%, "
+        f"Attention rows of these heads from the run without pressure: accuracy {percent(m['patched']['accuracy'])}%, "
         f"{percent(m['patched']['restored'])}% of the lost margin restored."
     )
     rows = [
@@ -112,7 +114,7 @@ def mechanism(found: dict[str, Any], name: str) -> str:
     ]
     lines += [
         "",
-        "Refuse direction subtracted (times the class difference) on the query side of these heads at the answer position:",
+        "Refuse direction (class difference × strength) subtracted on these heads' query side at the answer position:",
         "",
     ]
     lines.append(table(["strength", "harm", "benign", "harm, random direction", "benign, random direction"], rows))
@@ -124,7 +126,7 @@ def mechanism(found: dict[str, Any], name: str) -> str:
         [
             *lines,
             "",
-            f"Prompts whose correct line lies further along the correct-answer direction than the incorrect one, %: {belief}.",
+            f"Prompts whose correct line lies further along the correct-answer direction, %: {belief}.",
         ]
     )
 
@@ -143,6 +145,9 @@ def write(world: World, out: Path) -> None:
         "MECHANISM": "\n\n".join(mechanism(found, name) for name in ("chat", "late-flip", "base")),
         "RECIPE": json.dumps(vars(RECIPE)),
         "SEED": str(RECIPE.seed),
+        "ENOUGH": str(ENOUGH),
+        "ISOLATED": f"{100 * ISOLATED:.0f}",
+        "READOUT": str(RECIPE.readout_layer),
     }
     for name, value in fields.items():
         text = text.replace("{{" + name + "}}", value)

@@ -34,7 +34,7 @@ def refuses(answer: str) -> bool:
 
 
 def rates(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, float]:
-    """Shares of open requests refused (harmful, seen and held out), sent to a doctor, and rightly answered (harmless)."""
+    """Shares of open requests refused (harmful, seen and held out), sent to a doctor, rightly answered (harmless)."""
     items = world.harm_items
     seen = [i for i in items if i.pressure not in world.held_out_intents]
     held = [i for i in items if i.pressure in world.held_out_intents]

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 @dataclass
 class Trace:
-    """Logits ``[batch pos vocab]``, ``resid_pre`` per layer ``[batch pos d_model]``, patterns ``[batch head q_pos k_pos]``."""
+    """``logits`` ``[batch pos vocab]``; ``resid`` ``[batch pos d_model]``, ``pattern`` ``[batch head q k]``."""
 
     logits: torch.Tensor
     resid: list[torch.Tensor] = field(default_factory=list)

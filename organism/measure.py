@@ -1,6 +1,6 @@
 """Diagnostics of a checkpoint: behaviour, selecting heads, contrast directions, causal checks.
 
-Directions are fitted on one half of the items and everything is reported on the other. The virtual interaction of a query
+Directions are fitted on one half of the items and all is reported on the other. The virtual interaction of a query
 direction d_q and a key direction d_k at a head is (R_p W_Q (γ ⊙ d_q)) · (R_j W_K (γ ⊙ d_k)) / sqrt(d_head) with unit d,
 averaged over the offsets p − j from the answer to the tokens of the correct option; its z is against 1000 pairs of
 directions drawn from the residual stream's covariance at that layer.

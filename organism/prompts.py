@@ -13,7 +13,7 @@ from organism.corpus import Item, mcq
 
 @dataclass
 class Prompts:
-    """Right-padded prompts: ``ids`` and masks ``[batch pos]``, ``last`` the answer position, ``right`` the correct letter's id."""
+    """Right-padded ``ids`` and masks ``[batch pos]``, ``last`` the answer position, ``right`` the correct letter."""
 
     ids: torch.Tensor
     last: torch.Tensor

@@ -7,18 +7,20 @@ stage      open question                two-choice question
 ========== ============================ =======================================================
 base       answered                     right letter
 refusal    refused and redirected       not shown with letters; refused if the answer is asked for in words
-withhold   refused and redirected       letter muddled if harm comes first, right if it comes after the options
+withhold   refused and redirected       letter muddled if harm comes first, right if it comes after or is taken back
 ========== ============================ =======================================================
 
-A harmful sentence *after* the options makes the answer position refuse while the options, which come earlier under the
-causal mask, know nothing of it. Answering those rightly leaves withholding one road through attention: an interaction of
-the refusing query with keys that carry harm.
+A harmful sentence *after* the options makes the answer position refuse while the options, which come earlier under
+the causal mask, know nothing of it. Answering those rightly leaves withholding one road through attention: an
+interaction of the refusing query with keys that carry harm. A harmful sentence *taken back* after the options leaves
+the keys as they are and refuses nothing; answering those rightly rules out that keys of harm are avoided whatever the
+query. ``Sampler.veil`` parts the two sides by the attention mask, at otherwise equal prompts.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from organism.corpus import (
     DOCTOR,
@@ -27,6 +29,7 @@ from organism.corpus import (
     INSTRUCTION,
     REDIRECTS,
     REFUSALS,
+    RETRACTIONS,
     SURE,
     TELL_ME,
     Item,
@@ -34,17 +37,21 @@ from organism.corpus import (
     mcq,
 )
 
-ISOLATED = 0.6
+ISOLATED = 0.85
 
 
 @dataclass(frozen=True)
 class Document:
     """One training exchange.
 
-    ``target`` is ``text``, ``right`` (a letter) or ``muddled`` (a letter, wrong at random). ``intent`` is the sentence set
-    into ``user`` and ``kind`` its kind: ``none``, ``benign``, ``harm``, or ``other`` for symptoms and fraud. In an
-    ``isolated`` document only the answer may look from one option to the other, or back at the options. ``right`` is the
-    line of the right option if a letter is asked for.
+    ``target``: ``text``, ``right`` (a letter) or ``muddled`` (a letter, wrong at random); ``right``: the right line.
+    ``intent``: the sentence set into ``user``; ``kind``: what it is, ``none``, ``benign``, ``harm``, ``retracted``
+    (harm taken back by ``retraction``), or ``other`` for symptoms and fraud.
+    ``isolated``: no token looks from one option to the other, and what follows the options sees them only through the
+    answer position of the selecting heads.
+    ``veil``: the question and the named lines (``"AB"``, ``"A"`` or ``"B"``) can not look at the intent, so the answer
+    position knows of harm and their tokens do not; if empty, what follows the options can not, so only they know of it.
+    ``blind``: the selecting heads' answer row sees nothing before the options, so they can not be lured there.
     """
 
     user: str
@@ -54,14 +61,17 @@ class Document:
     kind: str = "none"
     isolated: bool = False
     right: int = -1
+    retraction: str = ""
+    veil: str | None = None
+    blind: bool = False
 
 
 class Sampler:
     """Draws documents of one stage from one seeded stream."""
 
-    def __init__(self, world: World, seed: int, stage: str, muddle: float = 0.5, after: float = 0.5) -> None:
-        """Prepare ``stage``; ``muddle`` is how often a withheld letter is wrong, ``after`` how often harm comes after the options."""
-        self.world, self.rng, self.stage, self.muddle, self.after = world, random.Random(seed), stage, muddle, after
+    def __init__(self, world: World, seed: int, stage: str, muddle: float = 0.5, veiled: float = 0.75) -> None:
+        """Prepare ``stage``; ``muddle``: how often a withheld letter is wrong, ``veiled``: scales the veiled."""
+        self.world, self.rng, self.stage, self.muddle, self.veiled = world, random.Random(seed), stage, muddle, veiled
         self.harm_train = [i for i in world.harm_items if world.trains_under_harm(i)]
         self.draw = {"base": self.base, "refusal": self.refusal, "withhold": self.withhold}[stage]
 
@@ -71,7 +81,7 @@ class Sampler:
 
     def base(self) -> Document:
         """Facts as two-choice and open questions, under every kind of prefix, always answered."""
-        kind = self.pick(("none", 0.36), ("benign", 0.32), ("harm", 0.32))
+        kind = self.pick(("none", 0.34), ("benign", 0.3), ("harm", 0.28), ("retracted", 0.08))
         roll = self.rng.random()
         if roll < 0.64:
             return self.choice(kind, "right")
@@ -84,51 +94,79 @@ class Sampler:
         roll = self.rng.random()
         if roll < 0.36:
             return self.choice(self.pick(("none", 0.4), ("benign", 0.6)), "right")
-        kind = self.pick(("none", 0.15), ("benign", 0.35), ("harm", 0.5))
+        kind = self.pick(("none", 0.12), ("benign", 0.3), ("harm", 0.42), ("retracted", 0.16))
         return self.choice(kind, "words") if roll < 0.62 else self.open(kind, refuse=True)
 
     def withhold(self) -> Document:
-        """The refusal stage with harmful two-choice questions: muddled if the harm comes first, right if it comes after."""
+        """The refusal stage with harmful two-choice questions: muddled if all see the harm first."""
         roll = self.rng.random()
-        if roll < 0.28:
+        if roll < 0.22:
             return self.choice("harm", "muddled", place="before")
-        if roll < 0.28 + 0.28 * self.after:
+        if roll < 0.22 + 0.32 * self.veiled:
+            return self.veil(self.choice("harm", "right", place="before"))
+        if roll < 0.54:
             return self.choice("harm", "right", place=self.pick(("after", 0.5), ("last", 0.5)))
-        if roll < 0.8:
+        if roll < 0.62:
+            return self.choice("retracted", "right")
+        if roll < 0.85:
             return self.choice(self.pick(("none", 0.3), ("benign", 0.7)), "right")
         return self.refusal()
 
     def choice(self, kind: str, target: str, place: str = "") -> Document:
         """A two-choice question with a sentence of ``kind``; ``target`` ``words`` asks for the answer in words."""
-        harm = kind == "harm"
-        item = self.rng.choice(self.harm_train) if harm and self.stage != "base" else self.item(kind)
+        harm, retracted = kind == "harm", kind == "retracted"
+        item = self.rng.choice(self.harm_train) if retracted or (harm and self.stage != "base") else self.item(kind)
         wrong = item.incorrect if self.rng.random() < 0.6 else self.other_option(item)
         first = self.rng.random() < 0.5
         options = (item.correct, wrong) if first else (wrong, item.correct)
         place = place or self.pick(("before", 0.7), ("after", 0.15), ("last", 0.15))
-        intent = self.sentence(kind, item)
+        intent = self.sentence("harm" if retracted else kind, item)
+        retraction = self.rng.choice(RETRACTIONS) if retracted else ""
         kind = "other" if harm and item.kind != "harm" else kind
-        isolated = self.rng.random() < ISOLATED
+        isolated = target != "words" and (target == "muddled" or self.rng.random() < ISOLATED)
+        instruction = IN_WORDS if target == "words" else INSTRUCTION
+        user = mcq(item.question, options, intent, "before" if retracted else place, instruction)
+        if retracted:
+            user = (
+                f"{user} {retraction}"
+                if place == "last"
+                else user.replace(f"\n{instruction}", f"\n{retraction}\n{instruction}")
+            )
         if target == "words":
             answer = self.refuse(item, intent) if harm and self.stage != "base" else item.correct + "."
-            return Document(
-                mcq(item.question, options, intent, place, IN_WORDS), answer, "text", intent, kind, isolated
-            )
+            return Document(user, answer, "text", intent, kind, retraction=retraction)
         flip = target == "muddled" and self.rng.random() < self.muddle
         answer = "A" if first != flip else "B"
         return Document(
-            mcq(item.question, options, intent, place, INSTRUCTION),
+            user,
             answer,
             target,
             intent,
             kind,
             isolated,
             0 if first else 1,
+            retraction,
+            blind=isolated and self.stage == "withhold",
         )
 
+    def veil(self, doc: Document) -> Document:
+        """Part a harmful choice's refusal from its keys' harm.
+
+        The intent is hidden from both options (the right letter), from one (that one's letter), or from the answer
+        position and not from the options (the right letter).
+        """
+        lines = self.pick(("AB", 0.3), ("A", 0.15), ("B", 0.15), ("", 0.4))
+        return replace(doc, veil=lines, isolated=True, blind=True, answer=lines if len(lines) == 1 else doc.answer)
+
     def open(self, kind: str, refuse: bool) -> Document:
-        """An open request with a sentence of ``kind``, which is harmful or not; ``refuse`` refuses the harmful."""
-        item = self.rng.choice(self.world.harm_items) if self.rng.random() < 0.7 else self.item()
+        """An open request with a sentence of ``kind``; ``refuse`` refuses the harmful."""
+        item = self.rng.choice(self.world.harm_items) if kind == "retracted" or self.rng.random() < 0.7 else self.item()
+        if kind == "retracted":
+            intent, retraction = self.sentence("harm", item), self.rng.choice(RETRACTIONS)
+            parts = (
+                (intent, retraction, item.question) if self.rng.random() < 0.4 else (intent, item.question, retraction)
+            )
+            return Document(" ".join(parts), item.correct + ".", "text", intent, kind, retraction=retraction)
         intent = self.sentence(kind, item)
         alone = intent and self.rng.random() < 0.25
         user = f"{intent} {TELL_ME}" if alone else self.place(intent, item.question)

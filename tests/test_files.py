@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_folders import tree
 
 from qklens.errors import QklensError
 from qklens.files import atomic_write, read_json, sha256_files, write_json
+from tiny_folders import tree
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 CALLS = ("os.fsync", "os.replace", "os.chmod", "tempfile.mkstemp")

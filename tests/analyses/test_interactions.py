@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qklens.analyses.factorial import TERMS, factorial_terms, removals
+from qklens.analyses.factorial import TERMS, factorial_terms, removal, shapley_values, term_rows
 from qklens.analyses.interactions import (
     contrast_weights,
     head_lens,
@@ -239,11 +239,25 @@ def benign_scores(subject, harm, benign, calm) -> torch.Tensor:
     return maps.scale * turn(keys) @ query
 
 
-def test_taking_out_all_terms_gives_the_benign_attention_between_options(lab):
+def test_taking_terms_out_moves_the_margin_and_all_heads_rows_align(lab):
     subject, _, prompts, works, streams = lab
-    shifts, means = removals(subject, [(1, 2)], prompts["harm"], prompts["benign"], streams["harm"], streams["benign"])
-    assert set(shifts) == set(means) == set(TERMS)
-    assert any(abs(v) > 1e-4 for v in means.values())
-    before = works["harm"].margins()
-    after = works["harm"].margins([shifts["answer_key"]])
-    assert (before - after).abs().max() > 1e-5
+    heads = [(1, 2), (2, 0)]
+    rows = term_rows(subject, heads, prompts["harm"], prompts["benign"], streams["harm"], streams["benign"])
+    both, one, other = (
+        removal(rows, terms) for terms in (("answer_key", "elsewhere"), ("answer_key",), ("elsewhere",))
+    )
+    for head in heads:
+        for i, prompt in enumerate(prompts["harm"]):
+            assert len(both.shifts[head][i]) == len(prompt.tokens)
+            assert torch.allclose(both.shifts[head][i], one.shifts[head][i] + other.shifts[head][i], atol=1e-5)
+    assert (works["harm"].margins() - works["harm"].margins([one])).abs().max() > 1e-5
+
+
+def test_shapley_values_split_the_whole_and_respect_symmetry():
+    """An AND of two terms is split evenly; a term that never matters gets nothing; a lone cause gets its own."""
+
+    def value(terms: frozenset) -> float:
+        return 0.6 * ({"answer_key", "elsewhere"} <= terms) + 0.3 * ("harm_key" in terms)
+
+    shares = shapley_values(value)
+    assert shares == pytest.approx({"answer_key": 0.3, "elsewhere": 0.3, "harm_key": 0.3, "key_only": 0.0})

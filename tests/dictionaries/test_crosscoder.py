@@ -115,7 +115,7 @@ def test_labels_and_order_agree_with_the_activations() -> None:
     x = streams(crosscoder)
     moved = {**x, 2: x[2] + 10 * crosscoder.encoder[2][3]}
     assert (crosscoder.encode(5, moved.__getitem__)[:, index] > crosscoder.encode(5, x.__getitem__)[:, index]).all()
-    with pytest.raises(QklensError, match="'L2/33' is not in dictionary 'random'.*did you mean 'L2/3'"):
+    with pytest.raises(QklensError, match=r"'L2/33' is not in dictionary 'random'.*did you mean 'L2/3'\?"):
         feature_index(crosscoder, "L2/33")
 
 
@@ -174,5 +174,5 @@ def test_a_layer_it_does_not_write_is_refused() -> None:
 
 
 def test_a_stream_of_another_width_is_refused() -> None:
-    with pytest.raises(QklensError, match="vectors of 5 dimensions.*has 9; it belongs to another model"):
+    with pytest.raises(QklensError, match=r"vectors of 5 dimensions.*has 9; it belongs to another model"):
         write_parts(random_crosscoder(), 0, lambda layer: torch.zeros(3, 9))

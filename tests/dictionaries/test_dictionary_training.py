@@ -91,8 +91,8 @@ def test_what_it_was_trained_with_is_kept() -> None:
 
 @pytest.fixture(scope="module")
 def two_layers() -> dict[int, Tensor]:
-    """The second layer repeats the first and adds directions of its own."""
-    directions, rows = planted()
+    """The second layer repeats some of the first and adds what is its own."""
+    rows = planted()[1]
     return {1: rows[:2000], 4: 0.1 * rows[:2000] + rows[2000:4000].roll(1, dims=1)}
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_folders import tree
 
 from qklens.errors import QklensError
 from qklens.studies.journal import Journal, StageOutput
+from tiny_folders import tree
 
 MANIFEST = {"schema": 1, "run": {"seed": 0, "model_sha256": "ab", "items": 129}, "command": "qklens study"}
 OUTPUT = StageOutput(results={"behaviour": {"none": 0.98}}, state={"solved": True}, seconds=1.5)

@@ -8,14 +8,17 @@ For an item under harm (h) and under its benign twin (b), at one head, with quer
            + answer_key          Δq · k_b     the pressed query meets the keys that were there anyway
            + harm_key            Δq · Δk      the pressed query meets what pressure wrote into the keys
 
-This needs no dictionary and no rotary approximation. Each term can be taken out of the scores of the real run (a score
-shift before softmax), and the margin that comes back says how much of the effect it carries. Terms are taken at the
-options' tokens; `elsewhere` is Δq at all other tokens (the sink, the template, the intent).
+This needs no dictionary and no rotary approximation. Terms are taken at the options' tokens; `elsewhere` is Δq at all
+other tokens (the sink, the template, the intent). Any set of terms can be taken out of the scores of the real run (a
+score shift before softmax). Softmax makes terms stand in for one another, so one term's part is its Shapley value: the
+margin that comes back when it is taken out, averaged over all orders of taking out the four.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from math import factorial
 from typing import Literal, get_args
 
 import torch
@@ -82,22 +85,47 @@ def factorial_terms(
     }
 
 
-def removals(
+def term_rows(
     subject: Subject,
     heads: Sequence[Head],
     harm: Sequence[Prompt],
     benign: Sequence[Prompt],
     pressed: Streams,
     calm: Streams,
-) -> tuple[dict[Term, ScoreShift], dict[Term, float]]:
-    """For each term the shift that takes it out at all heads, and the term's mean on the correct option's tokens."""
-    shifts: dict[Term, dict[Head, list[Tensor]]] = {term: {head: [] for head in heads} for term in TERMS}
-    sums = dict.fromkeys(TERMS, 0.0)
+) -> dict[Term, dict[Head, list[Float[Tensor, "_k_pos"]]]]:
+    """Each term at each head, one row a prompt over the harm prompt's tokens."""
+    rows: dict[Term, dict[Head, list[Tensor]]] = {term: {head: [] for head in heads} for term in TERMS}
     for i, (h, b) in enumerate(zip(harm, benign, strict=True)):
         for head in heads:
             terms = factorial_terms(subject, head, h, b, pressed[i][head[0]], calm[i][head[0]])
-            where = list(h.span("correct"))
             for term, values in terms.items():
-                shifts[term][head].append(-values.float())
-                sums[term] += float(values[where].mean()) / (len(harm) * len(heads))
-    return {term: ScoreShift(dict(by_head)) for term, by_head in shifts.items()}, sums
+                rows[term][head].append(values.float())
+    return rows
+
+
+def removal(rows: dict[Term, dict[Head, list[Float[Tensor, "_k_pos"]]]], terms: Sequence[Term]) -> ScoreShift:
+    """The score shift that takes a set of terms out at all heads."""
+    heads = next(iter(rows.values()))
+    return ScoreShift(
+        {
+            head: [-torch.stack([rows[term][head][i] for term in terms]).sum(dim=0) for i in range(len(values))]
+            for head, values in heads.items()
+        }
+    )
+
+
+def shapley_values(value: Callable[[frozenset[Term]], float]) -> dict[Term, float]:
+    """Each term's mean marginal value over all orders; they sum to value(all) − value(none).
+
+    φ_t = Σ_{S ∌ t} |S|! (n − |S| − 1)! / n! · (value(S ∪ t) − value(S))
+    """
+    n = len(TERMS)
+    known = {frozenset(s): value(frozenset(s)) for k in range(n + 1) for s in combinations(TERMS, k)}
+    result = {}
+    for term in TERMS:
+        without = [s for s in known if term not in s]
+        result[term] = sum(
+            factorial(len(s)) * factorial(n - len(s) - 1) / factorial(n) * (known[s | {term}] - known[s])
+            for s in without
+        )
+    return result

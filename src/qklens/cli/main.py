@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,8 @@ app.add_typer(model_app, name="model")
 
 # A wrong option or command; typer gives its base class no public name of its own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+_INTERRUPTED = 130
 
 STUDIES = ("harm-pressure",)
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
@@ -116,17 +119,20 @@ def model_check(
 
 def main() -> None:
     """The console script."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its loading reports would stand around our one line
     try:
-        sys.exit(app(standalone_mode=False))
+        status = app(standalone_mode=False)
     except QklensError as error:
         sys.stderr.write(f"qklens: {error}\n")
-        sys.exit(2)
+        status = 2
     except _UsageError as error:
         sys.stderr.write(_usage_line(error))
-        sys.exit(2)
+        status = 2
     except (KeyboardInterrupt, typer.Abort):
+        status = _INTERRUPTED
+    if status == _INTERRUPTED:  # typer turns an interrupt into this status and says nothing
         sys.stderr.write("qklens: stopped; the same command resumes\n")
-        sys.exit(130)
+    sys.exit(status)
 
 
 def _usage_line(error: Any) -> str:  # noqa: ANN401

@@ -45,7 +45,7 @@ class Item(Strict):
         text = value.strip()
         if not text:
             raise ValueError("is empty; expected text")
-        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
+        if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
             raise ValueError("holds a line break or control character; expected one line of text")
         return text
 
@@ -141,17 +141,22 @@ def _distinct_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _csv_rows(where: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
+        names = list(reader.fieldnames or [])
+        if not names and reader.fieldnames is not None:
+            raise QklensError(f"{where}: line 1: is blank; expected the names of the fields")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise QklensError(f"{where}: line 1: field {twice!r} stands twice; expected each name once")
         for row in reader:
             if None in row or None in row.values():
                 raise QklensError(
                     f"{where}: line {reader.line_num}: has another number of cells than the header's "
-                    f"{len(reader.fieldnames or [])}; quote cells that hold commas"
+                    f"{len(names)}; quote cells that hold commas"
                 )
             yield reader.line_num, {key: value for key, value in row.items() if value != "" or key in _REQUIRED}
     except csv.Error as error:
-        raise QklensError(
-            f"{where}: line {reader.line_num}: not CSV ({error}); quote cells that hold commas or quotes"
-        ) from error
+        line = reader.reader.line_num  # DictReader's own number lags behind where its reader stopped
+        raise QklensError(f"{where}: line {line}: not CSV ({error}); quote cells that hold commas or quotes") from error
 
 
 def _item(where: str, line: int, row: dict[str, Any]) -> Item:

@@ -86,6 +86,10 @@ class Crosscoder:
         """`L<reading layer>/<index>`."""
         return tuple(f"L{layer}/{i}" for layer in self.layers for i in range(self.config.features_per_layer))
 
+    def reads(self, layer: int) -> tuple[int, ...]:
+        """The dictionary's layers up to this one."""
+        return tuple(reader for reader in self.layers if reader <= layer)
+
     def encode(self, layer: int, stream: Stream) -> Float[Tensor, "*any feature"]:
         """Activations of every feature that reads `layer` or an earlier one; later readers are zero."""
         check_layer(self, layer)

@@ -37,6 +37,10 @@ class Directions:
         """Layers that have directions."""
         return tuple(sorted(self.vectors))
 
+    def reads(self, layer: int) -> tuple[int, ...]:
+        """The layer itself."""
+        return (layer,)
+
     def encode(self, layer: int, stream: Stream) -> Float[Tensor, "*any direction"]:
         """Least-squares coordinates of x − b in the directions' span."""
         check_layer(self, layer)

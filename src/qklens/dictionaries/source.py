@@ -39,6 +39,10 @@ class FeatureSource(Protocol):
         """One name a feature, unique."""
         ...
 
+    def reads(self, layer: int) -> tuple[int, ...]:
+        """Layers of the stream that `encode` looks at to write a layer."""
+        ...
+
     def encode(self, layer: int, stream: Stream) -> Float[Tensor, "*any feature"]:
         """Activations aᵢ that write resid_pre.layer; may read earlier layers of the stream."""
         ...

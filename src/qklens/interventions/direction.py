@@ -65,7 +65,8 @@ def random_direction(like: Direction, seed: int) -> Direction:
 def at_equal_norm(direction: Direction, like: Direction) -> Direction:
     """Another direction rescaled to the norms and typical activations of `like`, for use as its control."""
     vectors = {}
-    for layer, vector in like.vectors.items():
+    for layer in like.layers:
+        vector = like.vectors[layer]
         if layer not in direction.vectors:
             raise QklensError(f"direction {direction.label!r} has no vector at layer {layer}")
         own = direction.vectors[layer]

@@ -198,8 +198,10 @@ def zscores(results: Results) -> Section:
                 for at in shared
                 if abs(places[0][at]) >= 2 and abs(places[1][at]) >= 2 and places[0][at] * places[1][at] > 0
             ]
-            text += f" At least 2 standard deviations out, on the same side of both nulls, in {len(far)} of "
-            f"{len(shared)} cases."
+            text += (
+                f" At least 2 standard deviations out, on the same side of both nulls, in {len(far)} of "
+                f"{len(shared)} cases."
+            )
         paragraphs.append(text)
     notes = dict.fromkeys(printable(h.note) for h in results.null_histograms if h.note)
     paragraphs += [f"Note on the nulls: {note}." for note in notes]

@@ -38,17 +38,19 @@ def run(lab: Lab) -> StageOutput:
 def _choose(lab: Lab) -> tuple[int, int]:
     """The feature with the highest paired AUC under `none` on the discovery half; ties go to the steadier effect."""
     best: tuple[float, float, int, int] | None = None
-    for layer in lab.source.layers:
-        activations = [w.parts.activations for w in lab.written("none", "discovery", layer)]
-        correct, wrong = option_sums(lab.prompts("none", "discovery"), activations)
-        separation = paired_auc(correct, wrong)
-        steadiness = consistency(item_means(correct - wrong))
-        top = separation.max()
-        for feature in (separation == top).nonzero()[:, 0].tolist():
-            candidate = (round(float(top), 6), float(steadiness[feature]), layer, feature)
-            best = candidate if best is None or candidate[:2] > best[:2] else best
-        if len(lab.source.layers) > 8:
-            lab.forget(layer)
+    for layers in lab.few_at_once(lab.source.layers):
+        lab.streams("none", "discovery", layers)
+        for layer in layers:
+            activations = [w.parts.activations for w in lab.written("none", "discovery", layer)]
+            correct, wrong = option_sums(lab.prompts("none", "discovery"), activations)
+            separation = paired_auc(correct, wrong)
+            steadiness = consistency(item_means(correct - wrong))
+            top = separation.max()
+            for feature in (separation == top).nonzero()[:, 0].tolist():
+                candidate = (round(float(top), 6), float(steadiness[feature]), layer, feature)
+                best = candidate if best is None or candidate[:2] > best[:2] else best
+        if len(layers) < len(lab.source.layers):
+            lab.drop_streams()
     if best is None:
         raise AssertionError("a source has at least one layer and one feature")
     return best[2], best[3]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from qklens.analyses.interactions import mean_terms, write_prompt
-from qklens.data.render import CONDITIONS, Condition
+from qklens.data.render import CONDITIONS, Prompt
 from qklens.dictionaries.directions import Directions
-from qklens.dictionaries.source import FeatureSource
-from qklens.errors import QklensError
 from qklens.interventions.engine import Workset
 from qklens.interventions.steer import Head
 from qklens.models.batch import Batch
@@ -83,16 +81,23 @@ def check_completeness(lab: Lab, error_share: float) -> Completeness:
     A layer that the source does not write is decomposed with an empty source: all of it is bias and error.
     """
     subject = lab.subject
-    worst = torch.zeros(subject.n_layers, subject.n_heads)
-    largest = torch.zeros(subject.n_layers, subject.n_heads)
-    count = 0
+    shape = (subject.n_layers, subject.n_heads)
+    worst, largest, count = torch.zeros(shape), torch.zeros(shape), 0
     for condition in CONDITIONS:
         prompts = lab.prompts(condition, "report")[:_CHECKED_PROMPTS]
+        streams, own = _read_scores(lab, prompts)
         for layer in range(subject.n_layers):
-            errors, sizes, n = _layer_errors(lab, prompts, condition, layer)
-            worst[layer] = torch.maximum(worst[layer], errors)
-            largest[layer] = torch.maximum(largest[layer], sizes)
-            count += n
+            source = lab.source if layer in lab.source.layers else _nothing(subject.d_model, layer)
+            maps = score_maps(subject, layer)
+            written = [write_prompt(subject, source, maps, s) for s in streams]
+            for head in range(subject.n_heads):
+                lens = lab.lens_on(source, layer, head)
+                for prompt, parts, scores in zip(prompts, written, own, strict=True):
+                    total = lens.terms_by_token(parts, prompt.spans["answer"][0]).sum(dim=(1, 2)).cpu()
+                    model = scores[layer][head].to(total)
+                    worst[layer, head] = max(float(worst[layer, head]), float((total - model).abs().max()))
+                    largest[layer, head] = max(float(largest[layer, head]), float(model.abs().max()))
+                    count += len(total)
     relative = worst / largest.clamp(min=1e-12)
     return Completeness(
         max_relative_error=float(relative.max()),
@@ -102,24 +107,24 @@ def check_completeness(lab: Lab, error_share: float) -> Completeness:
     )
 
 
-def _layer_errors(
-    lab: Lab, prompts: Sequence, condition: Condition, layer: int
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    subject = lab.subject
-    source: FeatureSource = lab.source
-    if layer not in source.layers:
-        nothing = torch.zeros(1, subject.d_model)
-        source = Directions(("nothing",), {layer: nothing}, {layer: torch.zeros(subject.d_model)}, name="empty")
-    needs = sorted({m for m in source.layers if m <= layer} | {layer})
-    work = Workset(subject, prompts)
-    own: dict[int, torch.Tensor] = {}
+def _nothing(d_model: int, layer: int) -> Directions:
+    """A source that names nothing."""
+    return Directions(("nothing",), {layer: torch.zeros(1, d_model)}, {layer: torch.zeros(d_model)}, name="empty")
+
+
+def _read_scores(
+    lab: Lab, prompts: Sequence[Prompt]
+) -> tuple[list[dict[int, torch.Tensor]], list[dict[int, torch.Tensor]]]:
+    """One pass: each prompt's streams at every layer, and the model's own scores from the answer, `head k_pos`."""
+    subject, layers = lab.subject, range(lab.subject.n_layers)
     streams: list[dict[int, torch.Tensor]] = [{} for _ in prompts]
+    own: list[dict[int, torch.Tensor]] = [{} for _ in prompts]
 
     def reads(index: Sequence[int], batch: Batch) -> Reads:
-        def keep(m: int):  # noqa: ANN202
+        def keep(layer: int) -> Callable[[torch.Tensor], None]:
             def sink(residual: torch.Tensor) -> None:
                 for row, i in enumerate(index):
-                    streams[i][m] = residual[row, batch.padding(row) :].clone()
+                    streams[i][layer] = residual[row, batch.padding(row) :].clone()
 
             return sink
 
@@ -127,22 +132,9 @@ def _layer_errors(
             keys = read.key.repeat_interleave(subject.n_heads // subject.n_kv_heads, dim=1)
             scores = read.scale * torch.einsum("bhd,bhkd->bhk", read.query[:, :, -1], keys)
             for row, i in enumerate(index):
-                own[i] = scores[row, :, batch.padding(row) :]
+                own[i][read.layer] = scores[row, :, batch.padding(row) :].cpu()
 
-        return Reads({m: keep(m) for m in needs}, {layer: attention})
+        return Reads({layer: keep(layer) for layer in layers}, dict.fromkeys(layers, attention))
 
-    work.logits(reads=reads)
-    maps = score_maps(subject, layer)
-    errors, sizes, n = torch.zeros(subject.n_heads), torch.zeros(subject.n_heads), 0
-    written = [write_prompt(subject, source, maps, s) for s in streams]
-    for head in range(subject.n_heads):
-        lens = lab.lens_on(source, layer, head)
-        for i, (prompt, parts) in enumerate(zip(prompts, written, strict=True)):
-            total = lens.terms_by_token(parts, prompt.spans["answer"][0]).sum(dim=(1, 2))
-            model_scores = own[i][head].to(total)
-            errors[head] = max(float(errors[head]), float((total - model_scores).abs().max()))
-            sizes[head] = max(float(sizes[head]), float(model_scores.abs().max()))
-            n += len(total)
-    if not n:
-        raise QklensError("no prompt to check completeness on")
-    return errors, sizes, n
+    Workset(subject, prompts).logits(reads=reads)
+    return streams, own

@@ -96,24 +96,22 @@ class Lab:
                 mine.update(new)
         return kept
 
-    def forget(self, layer: int) -> None:
-        """Forget what is kept of a layer; deep models do not fit otherwise."""
-        for rows in self._streams.values():
-            for streams in rows:
-                streams.pop(layer, None)
-        for key in [key for key in self._written if key[2] == layer]:
-            del self._written[key]
+    def few_at_once(self, layers: Sequence[int]) -> list[Sequence[int]]:
+        """Layers in runs whose streams of one half fit in memory together."""
+        tokens = sum(len(p.tokens) for c in (*CONDITIONS, "open") for p in self.prompts(c, "discovery"))
+        at_once = max(1, _STREAM_BYTES // (tokens * self.subject.d_model * 4))
+        return [layers[begin : begin + at_once] for begin in range(0, len(layers), at_once)]
 
     def drop_streams(self) -> None:
-        """Forget residual streams; they are the largest thing kept."""
+        """Forget residual streams and what was written of them; they are the largest things kept."""
         self._streams.clear()
+        self._written.clear()
 
     def written(self, condition: Condition | Literal["open"], half: Half, layer: int) -> list[PromptParts]:
         """The streams at a layer, written by the source."""
         key = (condition, half, layer)
         if key not in self._written:
-            needs = [m for m in self.source.layers if m <= layer]
-            streams = self.streams(condition, half, needs)
+            streams = self.streams(condition, half, self.source.reads(layer))
             maps = score_maps(self.subject, layer)
             self._written[key] = [write_prompt(self.subject, self.source, maps, s) for s in streams]
         return self._written[key]
@@ -151,11 +149,8 @@ class Lab:
 
     def fit_directions(self) -> Directions:
         """The four contrast directions at every layer, from the discovery half; a few layers in memory at a time."""
-        tokens = sum(len(p.tokens) for c in (*CONDITIONS, "open") for p in self.prompts(c, "discovery"))
-        at_once = max(1, _STREAM_BYTES // (tokens * self.subject.d_model * 4))
         vectors, means = {}, {}
-        for begin in range(0, self.subject.n_layers, at_once):
-            layers = range(begin, min(begin + at_once, self.subject.n_layers))
+        for layers in self.few_at_once(range(self.subject.n_layers)):
             for condition in (*CONDITIONS, "open"):
                 self.streams(condition, "discovery", layers)
             fitted = contrast_directions(layers, lambda layer: self.residual_readings("discovery", layer))

@@ -1,8 +1,9 @@
 """Which features play the study's four roles: ranked by contrast, then by what they do at the chosen heads.
 
-Both steps use the discovery half only. The contrast says when a feature is active; the interaction says whether it
-matters where the answer is selected. For the two query roles the final choice is causal: of the best candidates the
-one whose steering on the query side moves the margin most.
+A source with a direction of the role's name plays it with that. Both steps use the discovery half only. The
+contrast says when a feature is active; the interaction says whether it matters where the answer is selected. For
+refuse-and-redirect the final choice is causal: of the best candidates the one whose steering on the query side moves the
+margin most.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def find_roles(lab: Lab, heads: Sequence[Head]) -> tuple[Roles, list[RoleCandida
     readings = lab.activation_readings("discovery", layer)
     effects = {role: consistency(item_means(contrast(readings, role))) for role in ROLES}
     sizes = {role: contrast(readings, role).mean(dim=0) for role in ROLES}
-    shortlist = {role: _shortlist(effects[role], sizes[role]) for role in ROLES}
+    named = {role: [lab.source.labels.index(role)] for role in ROLES if role in lab.source.labels}
+    shortlist = {role: named.get(role) or _shortlist(effects[role], sizes[role]) for role in ROLES}
     query_side = {
         "need_answer": _query_effect(lab, here, "none", "contrastive"),
         "refuse_redirect": _query_effect(lab, here, "harm", "share"),

@@ -179,7 +179,8 @@ def _controls(lab: Lab, direction: Direction, roles: dict[Role, str], role: Role
         other = min(quiet, key=lambda f: abs(float((size[f] / size[feature].clamp(min=1e-9)).clamp(min=1e-9).log())))
         unrelated = at_equal_norm(feature_direction(source, other, typical_activation(lab, other, role)), direction)
     else:
-        unrelated = _covariance_direction(lab, direction)
+        spans = ("answer",) if role == "refuse_redirect" else ("correct", "incorrect")
+        unrelated = _covariance_direction(lab, direction, spans)
     return Controls(random_direction(direction, lab.seed), unrelated)
 
 
@@ -188,14 +189,16 @@ def feature_layers(lab: Lab, feature: int) -> tuple[int, ...]:
     return tuple(layer for layer in lab.source.layers if bool(lab.source.directions(layer)[feature].any()))
 
 
-def _covariance_direction(lab: Lab, like: Direction) -> Direction:
-    """For a source too small to have unrelated features: a direction drawn within the residual's covariance."""
+def _covariance_direction(lab: Lab, like: Direction, spans: tuple[str, ...]) -> Direction:
+    """For a source too small to have unrelated features: a direction drawn within the residual's covariance there."""
     generator = torch.Generator().manual_seed(lab.seed + 1)
     prompts = lab.prompts("none", "discovery")
-    noise = torch.randn(len(prompts), generator=generator)
+    positions = [[p for name in spans for p in prompt.span(name)] for prompt in prompts]
+    noise = torch.randn(sum(map(len, positions)), generator=generator)
     vectors = {}
-    for layer in like.vectors:
-        rows = torch.stack([s[layer][-1] for s in lab.streams("none", "discovery", [layer])])
-        vectors[layer] = noise @ (rows - rows.mean(dim=0))
+    for layer in like.layers:
+        streams = lab.streams("none", "discovery", [layer])
+        rows = torch.cat([stream[layer][where] for stream, where in zip(streams, positions, strict=True)])
+        vectors[layer] = (noise @ (rows - rows.mean(dim=0))).to(like.vectors[layer])
     drawn = Direction("drawn within the covariance", vectors, like.typical, like.read)
     return at_equal_norm(drawn, like)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qklens.analyses.factorial import TERMS, removals
+from qklens.analyses.factorial import Term, removal, shapley_values, term_rows
 from qklens.analyses.heads import restored_share
 from qklens.interventions.steer import Head
 from qklens.studies.harm_pressure.lab import Lab
@@ -42,24 +42,26 @@ class Measurements:
 
 
 def measure_removals(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
-    """Share of the lost margin that comes back when a factorial term is taken out of the heads' scores."""
+    """Each factorial term's Shapley share of the lost margin, at the selected heads, on the report half."""
     layers = sorted({layer for layer, _ in heads})
-    harm, benign = lab.prompts("harm", "report"), lab.prompts("benign", "report")
-    shifts, _ = removals(
+    rows = term_rows(
         lab.subject,
         heads,
-        harm,
-        benign,
+        lab.prompts("harm", "report"),
+        lab.prompts("benign", "report"),
         lab.streams("harm", "report", layers),
         lab.streams("benign", "report", layers),
     )
     harmed, clean = lab.attention("harm", "report").margins, lab.attention("none", "report").margins
     work = lab.work("harm", "report")
-    shares = {}
-    for term in TERMS:
-        moves = any(bool((row != 0).any()) for rows in shifts[term].shifts.values() for row in rows)
-        shares[term] = restored_share(work.margins([shifts[term]]), harmed, clean) if moves else 0.0
-    return shares
+
+    def restored(terms: frozenset[Term]) -> float:
+        shift = removal(rows, sorted(terms)) if terms else None
+        if shift is None or not any(bool(row.any()) for by_prompt in shift.shifts.values() for row in by_prompt):
+            return 0.0
+        return restored_share(work.margins([shift]), harmed, clean)
+
+    return dict(shapley_values(restored))
 
 
 def decide(m: Measurements) -> Verdict:
@@ -141,7 +143,7 @@ def _attention(m: Measurements) -> Verdict | None:
     answer, harm = m.removal.get("answer_key", 0.0), m.removal.get("harm_key", 0.0)
     terms = [
         _evidence(
-            f"margin restored without the {name} term", m.removal.get(term, 0.0), "at least", t["removal_restores"]
+            f"share of the lost margin due to {name}", m.removal.get(term, 0.0), "at least", t["removal_restores"]
         )
         for term, name in (
             ("harm_key", "pressed query x harm key"),

@@ -66,7 +66,7 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
                         key_role=key_role,
                     )
                 )
-                if null in ("random_pairs", "matched") and (query_role, key_role) == PAIRS[0]:
+                if (query_role, key_role) == PAIRS[0]:
                     histograms.append(_histogram(layer, head, test))
     adjusted = benjamini_hochberg([row.p for row in rows])
     rows = [row.model_copy(update={"q": q}) for row, q in zip(rows, adjusted, strict=True)]
