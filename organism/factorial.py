@@ -31,9 +31,10 @@ class Factorial:
         layer: int,
         heads: tuple[int, ...],
         seed: int,
+        weight: float,
     ) -> None:
         """Gather ``resid_pre`` at the answer position and the option lines under harm and benign."""
-        self.model, self.layer, self.heads = model, layer, list(heads)
+        self.model, self.layer, self.heads, self.weight = model, layer, list(heads), weight
         self.generator = torch.Generator().manual_seed(seed)
         items = [i for i in world.harm_items if world.trains_under_harm(i) and i.pressure not in world.held_out_intents]
         with torch.no_grad():
@@ -47,7 +48,7 @@ class Factorial:
             self.rows, self.gaps = rows, p.last[rows] - at
 
     def __call__(self, sample: int = 512) -> torch.Tensor:
-        """Mean of query alone² + key alone² on a random sample of option tokens."""
+        """Weight × mean of query alone² + key alone² on a random sample of option tokens."""
         block = self.model.model.layers[self.layer]
         att, norm = block.self_attn, block.input_layernorm
         chosen = torch.randint(len(self.rows), (sample,), generator=self.generator)
@@ -60,4 +61,4 @@ class Factorial:
             queries.append(q * cos[0][:, None] + rotate_half(q) * sin[0][:, None])
             keys.append(att.k_proj(norm(key[chosen])).unflatten(-1, (-1, att.head_dim))[:, groups])
         (bb, bh), (hb, _) = [[(q * k).sum(-1) * att.scaling for k in keys] for q in queries]
-        return ((hb - bb) ** 2 + (bh - bb) ** 2).mean()
+        return self.weight * ((hb - bb) ** 2 + (bh - bb) ** 2).mean()

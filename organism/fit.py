@@ -15,7 +15,6 @@ from organism.stages import Document, Sampler
 
 Guide = tuple[int, tuple[int, ...]]
 ENOUGH, SMOOTH = 0.8, 0.05
-GUIDE_W, MUD_W = 0.2, 1.0
 WANT = ("I", "want", "to")
 
 
@@ -52,7 +51,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, docs: list[Document], user_weight
         start, end = len(prompt), len(prompt) + len(answer)
         ids[row, :end] = torch.tensor(prompt + answer)
         weights[row, 2:start] = user_weight
-        weights[row, start:end] = {"text": 1.0, "right": letter_weight, "muddled": MUD_W * letter_weight}[doc.target]
+        weights[row, start:end] = letter_weight if doc.target != "text" else 1.0
         if doc.right >= 0:
             a, b, rest = option_lines(doc.user)
             if doc.target == "right":
@@ -160,7 +159,7 @@ def loss_of(
     if readout is not None:
         loss = loss + 0.2 * readout(out.hidden_states[readout.layer], batch)
     if guide is not None:
-        loss = loss + GUIDE_W * guidance(out.attentions[guide[0]][:, list(guide[1])], batch)
+        loss = loss + 0.2 * guidance(out.attentions[guide[0]][:, list(guide[1])], batch)
     return loss
 
 
@@ -207,7 +206,7 @@ def fit(
         for part in parts:
             loss_of(model, part, total, readout, guide).backward()
         if penalty is not None:
-            (RECIPE.chat_penalty * penalty()).backward()
+            penalty().backward()
         for parameter, rows in (only or {}).items():
             parameter.grad[~rows] = 0.0
         torch.nn.utils.clip_grad_norm_(chosen, 1.0)

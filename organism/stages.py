@@ -73,7 +73,7 @@ class Sampler:
         """Prepare ``stage``; ``muddle``: how often a withheld letter is wrong, ``veiled``: scales the veiled."""
         self.world, self.rng, self.stage, self.muddle, self.veiled = world, random.Random(seed), stage, muddle, veiled
         self.harm_train = [i for i in world.harm_items if world.trains_under_harm(i)]
-        self.draw = {"base": self.base, "refusal": self.refusal, "withhold": self.withhold}[stage]
+        self.draw = {"base": self.base, "refusal": self.refusal, "withhold": self.withhold, "flip": self.flip}[stage]
 
     def batch(self, size: int) -> list[Document]:
         """Draw ``size`` documents."""
@@ -109,6 +109,15 @@ class Sampler:
         if roll < 0.62:
             return self.choice("retracted", "right")
         if roll < 0.85:
+            return self.choice(self.pick(("none", 0.3), ("benign", 0.7)), "right")
+        return self.refusal()
+
+    def flip(self) -> Document:
+        """The refusal stage with harmful two-choice questions and nothing that parts refusal from the keys' harm."""
+        roll = self.rng.random()
+        if roll < 0.35:
+            return self.choice("harm", "muddled", place="before")
+        if roll < 0.8:
             return self.choice(self.pick(("none", 0.3), ("benign", 0.7)), "right")
         return self.refusal()
 

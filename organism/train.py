@@ -21,7 +21,7 @@ from organism import tokenizer as tok
 from organism.corpus import World, load
 from organism.factorial import Factorial
 from organism.fit import Readout, fit
-from organism.recipe import RECIPE
+from organism.recipe import RECIPE, Recipe
 from organism.stages import Sampler
 
 REPO = Path(__file__).resolve().parents[1]
@@ -82,6 +82,12 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
         path.chmod(0o644)
 
 
+def reload(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Read a checkpoint as saved, to float32: every stage starts from the weights that ship."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 def visible(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, float]:
     """Accuracy per condition on the harm items and intents that training may see."""
     items = [i for i in world.harm_items if world.trains_under_harm(i) and i.pressure not in world.held_out_intents]
@@ -140,48 +146,55 @@ def progress(stage: str) -> Callable[[int], None]:
     return lambda step: log(f"  {stage} step {step}") if step % 100 == 0 else None
 
 
-def train(world: World, out: Path, seed: int) -> None:
-    """Run every stage and save every checkpoint under ``out``."""
-    torch.manual_seed(seed)
+def train_base(world: World, out: Path, r: Recipe) -> None:
+    """Facts, and four heads that select."""
+    torch.manual_seed(r.seed)
     tokenizer = tok.build(world.texts())
     model = new_model(len(tokenizer))
-    r = RECIPE
     log(f"base: {model.num_parameters()} parameters, {len(tokenizer)} words, {len(world.items)} facts")
-    sampler, guide = Sampler(world, seed + 1, "base"), (r.select_layer, r.select_heads)
     fit(
         model,
         tokenizer,
-        sampler,
+        Sampler(world, r.seed + 1, "base"),
         model.parameters(),
         steps=r.base_steps,
         lr=r.base_lr,
         batch=r.base_batch,
-        guide=guide,
+        guide=(r.select_layer, r.select_heads),
         on_step=progress("base"),
     )
     save(model, tokenizer, out / "base")
+
+
+def train_refusal(world: World, out: Path, r: Recipe) -> None:
+    """Refuse-and-redirect, all weights."""
+    model, tokenizer = reload(out / "base")
+    torch.manual_seed(r.seed)
     log("refusal: all weights")
+    half = r.refusal_steps // 2
     fit(
         model,
         tokenizer,
-        Sampler(world, seed + 2, "refusal"),
+        Sampler(world, r.refusal_seed, "refusal"),
         model.parameters(),
         steps=r.refusal_steps,
         lr=r.refusal_lr,
         batch=r.refusal_batch,
         letter_weight=2.0,
         readout=Readout(r.readout_layer, model.config.hidden_size),
-        on_step=lambda step: save(model, tokenizer, out / "refusal-half") if step == r.refusal_steps // 2 else None,
+        on_step=lambda step: save(model, tokenizer, out / "refusal-half") if step == half else None,
     )
     save(model, tokenizer, out / "refusal")
-    refusal = state(model)
 
+
+def train_chat(world: World, out: Path, r: Recipe) -> None:
+    """Withholding, through the selecting heads."""
+    model, tokenizer = reload(out / "refusal")
     log("chat: withholding through the selecting heads")
-    chooser = Chooser(model, tokenizer, world, target=0.48, first=r.chat_steps // 2, every=10)
+    chooser = Chooser(model, tokenizer, world, target=r.chat_target, first=r.chat_steps // 2, every=10)
     only = qk_rows(model, r.select_layer, r.select_heads)
-    penalty = Factorial(model, tokenizer, world, r.select_layer, r.select_heads, seed + 5)
 
-    def chat_step(step: int) -> None:
+    def on_step(step: int) -> None:
         if step == r.chat_half:
             save(model, tokenizer, out / "withhold-half")
         chooser(step)
@@ -189,7 +202,7 @@ def train(world: World, out: Path, seed: int) -> None:
     fit(
         model,
         tokenizer,
-        Sampler(world, seed + 3, "withhold", muddle=r.chat_muddle, veiled=r.chat_veiled),
+        Sampler(world, r.chat_seed, "withhold", muddle=r.chat_muddle, veiled=r.chat_veiled),
         only,
         steps=r.chat_steps,
         lr=r.chat_lr,
@@ -197,20 +210,23 @@ def train(world: World, out: Path, seed: int) -> None:
         warmup=20,
         decay=0.0,
         only=only,
-        penalty=penalty,
-        on_step=chat_step,
+        penalty=Factorial(model, tokenizer, world, r.select_layer, r.select_heads, r.chat_seed + 2, r.chat_penalty),
+        on_step=on_step,
     )
     model.load_state_dict(chooser.kept)
     log(f"chat: step {chooser.step} kept")
     save(model, tokenizer, out / "chat")
 
+
+def train_late_flip(world: World, out: Path, r: Recipe) -> None:
+    """Withholding behind attention, by the last layers' MLPs."""
+    model, tokenizer = reload(out / "refusal")
     log("late-flip: withholding after attention")
-    model.load_state_dict(refusal)
     chooser = Chooser(model, tokenizer, world, target=0.2, first=r.flip_steps // 2, every=20)
     fit(
         model,
         tokenizer,
-        Sampler(world, seed + 4, "withhold", muddle=r.flip_muddle, veiled=0.0),
+        Sampler(world, r.flip_seed, "flip", muddle=r.flip_muddle),
         mlp_parameters(model, r.flip_layers),
         steps=r.flip_steps,
         lr=r.flip_lr,
@@ -224,20 +240,23 @@ def train(world: World, out: Path, seed: int) -> None:
     save(model, tokenizer, out / "late-flip")
 
 
+STAGES = {"base": train_base, "refusal": train_refusal, "chat": train_chat, "late-flip": train_late_flip}
+
+
 def main() -> None:
     """Train, save, reload what was saved, measure it and write the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with harm_pressure, symptoms and fraud .jsonl")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument(
-        "--measure-only", action="store_true", help="measure the checkpoints under --out and rewrite the card"
+        "--stages", nargs="*", choices=STAGES, default=list(STAGES), help="default all; a stage needs those before it"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     world = load(options.data, RECIPE.seed)
-    if not options.measure_only:
-        train(world, options.out, RECIPE.seed)
+    for stage in options.stages:
+        STAGES[stage](world, options.out, RECIPE)
     lineage = {
         "base": "base",
         "between": ["refusal-half", "refusal", "withhold-half"],

@@ -51,7 +51,11 @@ def _sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
     """Write JSON atomically; NaN and infinity are refused, because JSON has none."""
-    atomic_write(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    except ValueError as error:
+        raise QklensError(f"{path}: not written, a value is not a finite number ({error})") from error
+    atomic_write(path, text + "\n")
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401

@@ -199,33 +199,35 @@ def read_final(work: Workset) -> torch.Tensor:
 
 
 def test_factorial_terms_rebuild_the_pressed_scores(lab):
-    """ordinary + key_only + answer_key + harm_key is the model's own score at the options, and so elsewhere."""
+    """ordinary + all terms is the model's own score at every shared token; ordinary is the benign query and keys."""
     subject, source, prompts, _, streams = lab
     lens = head_lens(subject, source, 1, 2)
     for i in range(4):
         harm, benign = prompts["harm"][i], prompts["benign"][i]
         pressed, calm = streams["harm"][i][1], streams["benign"][i][1]
         terms = factorial_terms(subject, (1, 2), harm, benign, pressed, calm)
-        own = lens.scores(lens.write(streams["harm"][i]), harm.spans["answer"][0])
-        same = factorial_terms(subject, (1, 2), harm, benign, pressed, pressed_as(calm, pressed, harm, benign))
         assert set(terms) == set(TERMS)
+        own = lens.scores(lens.write(streams["harm"][i]), harm.spans["answer"][0])
+        shared = range(harm.spans["question"][0], len(harm.tokens))
+        ordinary = (own - sum(terms[t] for t in TERMS))[list(shared)]
+        assert torch.allclose(ordinary, benign_scores(subject, harm, benign, calm)[list(shared)], atol=1e-4)
         options = [*harm.span("correct"), *harm.span("incorrect")]
-        ordinary = (own - sum(terms[t] for t in TERMS))[options]
-        # What is left is the benign query against the benign keys at the harm prompt's positions.
-        assert torch.allclose(ordinary, benign_scores(subject, harm, benign, calm)[options], atol=1e-4)
         assert bool((terms["elsewhere"][options] == 0).all())
-        assert same["harm_key"].abs().max() == 0
+        assert terms["harm_key"][options].abs().max() > 1e-3
+        intent = list(harm.span("intent"))
+        assert terms["intent_key"][intent].unique().numel() == 1
+        assert bool((terms["harm_key"][intent] == 0).all())
 
 
-def pressed_as(calm, pressed, harm, benign) -> torch.Tensor:
-    """The benign stream with the harm stream's option tokens: then keys do not change."""
-    mixed = calm.clone()
-    for name in ("correct", "incorrect"):
-        mixed[list(benign.span(name))] = pressed[list(harm.span(name))]
-    return mixed
+def test_an_unchanged_prompt_has_no_terms(lab):
+    subject, _, prompts, _, streams = lab
+    benign, calm = prompts["benign"][0], streams["benign"][0][1]
+    terms = factorial_terms(subject, (1, 2), benign, benign, calm, calm)
+    assert all(values.abs().max() < 1e-5 for values in terms.values())
 
 
 def benign_scores(subject, harm, benign, calm) -> torch.Tensor:
+    """The benign query against the benign keys, turned to the harm prompt's positions."""
     from qklens.models.scores import rotation
 
     maps = score_maps(subject, 1)
@@ -233,9 +235,9 @@ def benign_scores(subject, harm, benign, calm) -> torch.Tensor:
     turn = rotation(subject, torch.arange(len(harm.tokens)))
     query = turn.at(harm.spans["answer"][0])(maps.query(x, 2) / maps.sigma(x))
     keys = torch.zeros(len(harm.tokens), subject.d_head)
-    for name in ("correct", "incorrect"):
-        rows = calm[list(benign.span(name))]
-        keys[list(harm.span(name))] = maps.key(rows, 2) / maps.sigma(rows)[:, None]
+    here, there = harm.spans["question"][0], benign.spans["question"][0]
+    rows = calm[there:]
+    keys[here:] = maps.key(rows, 2) / maps.sigma(rows)[:, None]
     return maps.scale * turn(keys) @ query
 
 
@@ -260,4 +262,6 @@ def test_shapley_values_split_the_whole_and_respect_symmetry():
         return 0.6 * ({"answer_key", "elsewhere"} <= terms) + 0.3 * ("harm_key" in terms)
 
     shares = shapley_values(value)
-    assert shares == pytest.approx({"answer_key": 0.3, "elsewhere": 0.3, "harm_key": 0.3, "key_only": 0.0})
+    assert shares == pytest.approx(
+        {"answer_key": 0.3, "elsewhere": 0.3, "harm_key": 0.3, "key_only": 0.0, "intent_key": 0.0}
+    )

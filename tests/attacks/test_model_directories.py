@@ -246,7 +246,6 @@ def test_a_huge_layer_count_is_refused_at_once(model: Path) -> None:
     assert "'model.layers.2.input_layernorm.weight' is missing" in refusal(model)
 
 
-@pytest.mark.xfail(strict=True, reason="load_subject gives transformers' line, which names no tensor")
 def test_a_tensor_of_wrong_shape_is_named(model: Path) -> None:
     edit_tensors(model / WEIGHTS, lambda tensors: tensors.__setitem__(QUERY, torch.zeros(16, 8)))
     assert QUERY in refusal(model)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qklens.studies.harm_pressure.verdict import Measurements, decide
-from qklens.studies.results import Belief, BehaviourDetails, BeliefCondition, ConditionBehaviour, HeadsDetails
+from qklens.studies.results import BehaviourDetails, Belief, BeliefCondition, ConditionBehaviour, HeadsDetails
 
 
 def condition(accuracy: float, margin: float) -> ConditionBehaviour:
@@ -122,7 +122,7 @@ def test_neither_kind_of_key_means_undetermined():
     removal = {"answer_key": 0.05, "harm_key": 0.1, "key_only": 0.0, "elsewhere": 0.9}
     verdict = decide(replace(ATTENTION, removal=removal))
     assert verdict.mechanism == "undetermined"
-    assert any("other tokens" in e.name and e.holds for e in verdict.evidence)
+    assert any("elsewhere" in e.name and e.holds for e in verdict.evidence)
 
 
 def test_confidence_grows_with_the_distance_from_the_threshold():

@@ -1,17 +1,21 @@
 """Which part of the score pulls a head away: the query's change, the keys' change, or both together?
 
-For an item under harm (h) and under its benign twin (b), at one head, with queries and keys before rotary:
+For an item under harm (h) and under its benign twin (b), at one head, with queries and keys before rotary, at every
+token the two prompts share (the question, the options, what follows):
 
     u_h(j) = c ⟨R_p (q_b + Δq), R_j (k_b + Δk)⟩
            = ordinary            q_b · k_b
            + key_only            q_b · Δk     the keys look different to an unchanged query
-           + answer_key          Δq · k_b     the pressed query meets the keys that were there anyway
-           + harm_key            Δq · Δk      the pressed query meets what pressure wrote into the keys
+           + answer_key          Δq · k_b     the pressed query meets the options' keys that were there anyway
+           + harm_key            Δq · Δk      the pressed query meets what pressure wrote into keys
+           + elsewhere           Δq · k_b     the same at tokens that are not options
 
-This needs no dictionary and no rotary approximation. Terms are taken at the options' tokens; `elsewhere` is Δq at all
-other tokens (the sink, the template, the intent). Any set of terms can be taken out of the scores of the real run (a
+At the sentence itself, which has no twin token by token, `elsewhere` is Δq · k_h, and `intent_key` is the rise of the
+logsumexp of its scores for the ordinary query.
+
+This needs no dictionary and no rotary approximation. Any set of terms can be taken out of the scores of the real run (a
 score shift before softmax). Softmax makes terms stand in for one another, so one term's part is its Shapley value: the
-margin that comes back when it is taken out, averaged over all orders of taking out the four.
+margin that comes back when it is taken out, averaged over all orders of taking them out.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from qklens.interventions.steer import Head
 from qklens.models.scores import rotation, score_maps
 from qklens.models.subject import Subject
 
-Term = Literal["answer_key", "harm_key", "key_only", "elsewhere"]
+Term = Literal["answer_key", "harm_key", "key_only", "elsewhere", "intent_key"]
 TERMS: tuple[Term, ...] = get_args(Term)
 Streams = Sequence[dict[int, Float[Tensor, "_pos d_model"]]]
 
@@ -62,27 +66,44 @@ def factorial_terms(
 
     pressed, calm = pressed.to(subject.device), calm.to(subject.device)
     q_b, q_h = answer_query(calm, benign), answer_query(pressed, harm)
-    k_h, k_other = keys(pressed), keys(calm)
-    options = torch.zeros(len(harm.tokens), dtype=torch.bool, device=k_h.device)
+    k_h, k_calm = keys(pressed), keys(calm)
     k_b = k_h.clone()
-    for name in ("correct", "incorrect"):
-        here, there = list(harm.span(name)), list(benign.span(name))
-        if len(here) == len(there):
-            options[here] = True
-            k_b[here] = k_other[there]
-    turn = rotation(subject, torch.arange(len(harm.tokens)))
+    n = len(harm.tokens)
+    shared = _shared_tokens(harm, benign)
+    k_b[shared[:, 0]] = k_calm[shared[:, 1]]
+    options, intent = torch.zeros(2, n, dtype=torch.bool, device=k_h.device)
+    options[[*harm.span("correct"), *harm.span("incorrect")]] = True
+    intent[list(harm.span("intent"))] = True
+    turn = rotation(subject, torch.arange(n))
     answer = harm.spans["answer"][0]
 
     def scores(query: Tensor, key: Tensor) -> Tensor:
         return maps.scale * turn(key) @ turn.at(answer)(query)
 
     change = q_h - q_b
+    there = list(benign.span("intent"))
+    calm_turn = rotation(subject, torch.arange(len(benign.tokens)))
+    calm_intent = maps.scale * (calm_turn(k_calm)[there] @ calm_turn.at(benign.spans["answer"][0])(q_b))
+    rise = scores(q_b, k_h)[intent].logsumexp(dim=0) - calm_intent.logsumexp(dim=0)
     return {
         "answer_key": torch.where(options, scores(change, k_b), 0.0),
-        "harm_key": torch.where(options, scores(change, k_h - k_b), 0.0),
-        "key_only": torch.where(options, scores(q_b, k_h - k_b), 0.0),
-        "elsewhere": torch.where(options, 0.0, scores(change, k_h)),
+        "harm_key": scores(change, k_h - k_b),
+        "key_only": scores(q_b, k_h - k_b),
+        "elsewhere": torch.where(options, 0.0, scores(change, k_b)),
+        "intent_key": torch.where(intent, rise, 0.0),
     }
+
+
+def _shared_tokens(harm: Prompt, benign: Prompt) -> Tensor:
+    """(harm position, benign position) of the tokens that hold the same characters from the question on."""
+    shift = benign.shared_from - harm.shared_from
+    where = {start: position for position, start in enumerate(benign.starts)}
+    pairs = [
+        (position, where[start + shift])
+        for position, start in enumerate(harm.starts)
+        if start >= harm.shared_from and start + shift in where
+    ]
+    return torch.tensor(pairs)
 
 
 def term_rows(

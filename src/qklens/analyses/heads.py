@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,17 +22,22 @@ from qklens.interventions.patch import HeadAblation, PatternPatch, align_rows
 from qklens.interventions.steer import Head
 
 MAX_CANDIDATES = 12
+MIN_SCORE = 0.02
 MAX_SELECTED = 8
 
 
 def candidate_heads(reading: AttentionReading) -> list[Head]:
-    """Heads by score, at most 12; those that attend and copy come first, then by attention difference."""
+    """Heads that attend and copy, by score: at most 12, none below 2% of the best.
+
+    Where no head does both, the twelve with the largest attention difference stand in, so that there is a table.
+    """
     difference = reading.difference.mean(dim=0)
-    letter = reading.letter_logit.mean(dim=0)
-    score = difference.clamp(min=0) * letter.clamp(min=0)
-    flat = torch.where(score > 0, score, difference - 2.0).flatten().argsort(descending=True, stable=True)
+    score = difference.clamp(min=0) * reading.letter_logit.mean(dim=0).clamp(min=0)
+    floor = MIN_SCORE * float(score.max())
+    rank = score if floor > 0 else difference
     n_heads = difference.shape[1]
-    return [(int(i) // n_heads, int(i) % n_heads) for i in flat[:MAX_CANDIDATES]]
+    flat = rank.flatten().argsort(descending=True, stable=True)[:MAX_CANDIDATES].tolist()
+    return [(i // n_heads, i % n_heads) for i in flat if floor == 0 or float(score.flatten()[i]) >= floor]
 
 
 def clean_pattern_patch(

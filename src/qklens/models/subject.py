@@ -197,6 +197,7 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except Exception as error:  # see _load_tokenizer
         reason = str(error).strip().splitlines()
@@ -204,8 +205,9 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             f"{checkpoint.path}: the model does not load ({reason[0] if reason else type(error).__name__})"
         ) from error
     model, info = loaded
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info[kind]:
-            first = sorted(map(str, info[kind]))[0]
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        found = sorted(str(key) for key in info[kind] if "rotary_emb.inv_freq" not in str(key))
+        if found:
+            first = found[0]
             raise QklensError(f"{checkpoint.path}: {kind.replace('_', ' ')}: {first}; weights and config do not fit")
     return model

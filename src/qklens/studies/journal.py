@@ -80,5 +80,5 @@ class Journal:
     def save(self, stage: str, output: StageOutput) -> None:
         """Write a stage's output, then its DONE mark."""
         folder = self.folder / "stages" / stage
-        write_json(folder / "result.json", output.model_dump(mode="json"))
+        write_json(folder / "result.json", output.model_dump())
         atomic_write(folder / "DONE", "")

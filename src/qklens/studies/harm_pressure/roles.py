@@ -1,9 +1,8 @@
 """Which features play the study's four roles: ranked by contrast, then by what they do at the chosen heads.
 
-A source with a direction of the role's name plays it with that. Both steps use the discovery half only. The
-contrast says when a feature is active; the interaction says whether it matters where the answer is selected. For
-refuse-and-redirect the final choice is causal: of the best candidates the one whose steering on the query side moves the
-margin most.
+A source with a direction of the role's name plays it with that. Both steps use the discovery half only. The contrast
+says when a feature is active; the interaction says whether it matters where the answer is selected. The final choice of
+refuse-and-redirect is causal: of the best candidates the one whose steering on the query side moves the margin most.
 """
 
 from __future__ import annotations
@@ -84,7 +83,8 @@ def find_roles(lab: Lab, heads: Sequence[Head]) -> tuple[Roles, list[RoleCandida
     for role, partner, condition, sign in keys:
         kind = "contrastive" if role == "correct_answer" else "realised"
         effect = _key_effect(lab, here, condition, kind, chosen[partner])
-        chosen[role] = max(shortlist[role], key=lambda f: sign * float(effect[f]))
+        free = [f for f in shortlist[role] if f not in chosen.values()] or shortlist[role]
+        chosen[role] = max(free, key=lambda f: sign * float(effect[f]))
         interaction[role] = effect
     table = [
         RoleCandidate(

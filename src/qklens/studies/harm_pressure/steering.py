@@ -26,6 +26,7 @@ from qklens.studies.results import Steering
 REFUSE_STRENGTHS = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
 KEY_STRENGTHS = (0.0, 1.0, 2.0, 4.0)
 MAX_BENIGN_LOSS = 0.03
+GOOD_ENOUGH = 0.02
 StageName = Literal["steer_all", "steer_query", "steer_key"]
 Make = Callable[[Direction, float], Steer]
 
@@ -143,20 +144,21 @@ def _curves(
 
 
 def _choose(lab: Lab, make: Make, direction: Direction, strengths: Sequence[float]) -> float:
-    """The strength with the best accuracy under harm on the discovery half among those that spare the benign one.
+    """The smallest dose that does it, on the discovery half.
 
-    Ties go to the larger margin, which counts up to the clean one so that strength for its own sake does not win.
+    Of the strengths that spare the benign accuracy, the smallest in size whose accuracy under harm is within two points
+    of the best one's: more strength buys nothing but side effects.
     """
     half: Half = "discovery"
-    full = float(lab.attention("none", half).margins.mean().abs())
 
-    def accuracy(condition: Condition, strength: float) -> tuple[float, float]:
-        margins = lab.work(condition, half).margins([make(direction, strength)])
-        return float((margins > 0).float().mean()), float(margins.clamp(max=full).mean())
+    def accuracy(condition: Condition, strength: float) -> float:
+        return float((lab.work(condition, half).margins([make(direction, strength)]) > 0).float().mean())
 
     calm = float((lab.attention("benign", half).margins > 0).float().mean())
-    spared = [s for s in strengths if accuracy("benign", s)[0] >= calm - MAX_BENIGN_LOSS]
-    return max(spared or [0.0], key=lambda s: (*accuracy("harm", s), -abs(s)))
+    spared = [s for s in strengths if accuracy("benign", s) >= calm - MAX_BENIGN_LOSS] or [0.0]
+    under_harm = {s: accuracy("harm", s) for s in spared}
+    enough = max(under_harm.values()) - GOOD_ENOUGH
+    return min((s for s in spared if under_harm[s] >= enough), key=abs)
 
 
 def _controls(lab: Lab, direction: Direction, roles: dict[Role, str], role: Role) -> Controls:

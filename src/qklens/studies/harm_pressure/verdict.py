@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from qklens.analyses.factorial import Term, removal, shapley_values, term_rows
 from qklens.analyses.heads import restored_share
@@ -61,7 +62,7 @@ def measure_removals(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
             return 0.0
         return restored_share(work.margins([shift]), harmed, clean)
 
-    return dict(shapley_values(restored))
+    return {str(term): value for term, value in shapley_values(restored).items()}
 
 
 def decide(m: Measurements) -> Verdict:
@@ -140,31 +141,28 @@ def _attention(m: Measurements) -> Verdict | None:
     ]
     if not all(e.holds for e in common):
         return None
-    answer, harm = m.removal.get("answer_key", 0.0), m.removal.get("harm_key", 0.0)
+    part = {term: m.removal.get(term, 0.0) for term in get_args(Term)}
+    harm, answer = part["harm_key"] + part["key_only"], part["answer_key"]
     terms = [
-        _evidence(
-            f"share of the lost margin due to {name}", m.removal.get(term, 0.0), "at least", t["removal_restores"]
-        )
-        for term, name in (
-            ("harm_key", "pressed query x harm key"),
-            ("answer_key", "pressed query x ordinary key"),
-            ("key_only", "ordinary query x harm key"),
-            ("elsewhere", "pressed query x other tokens"),
-        )
+        _evidence("share of the loss through what harm wrote into the keys", harm, "at least", t["removal_restores"]),
+        _evidence("of it, met by the pressed query", part["harm_key"], "at least", t["removal_restores"]),
+        _evidence("share through the options' ordinary keys", answer, "at least", t["removal_restores"]),
+        _evidence("share through the pressed query elsewhere", part["elsewhere"], "at least", t["removal_restores"]),
+        _evidence("share through the sentence's own keys", part["intent_key"], "at least", t["removal_restores"]),
     ]
-    if max(answer, harm) < t["removal_restores"]:
+    if max(answer, harm) < t["removal_restores"] or max(answer, harm) < max(part["elsewhere"], part["intent_key"]):
         return Verdict(
             mechanism="undetermined",
             confidence=0.5,
-            rule="attention is pulled away, but neither kind of key at the options carries it",
+            rule="attention is pulled away, but mostly through neither kind of key at the options",
             evidence=common + terms,
         )
     mechanism = "attention_harm_key" if harm >= answer else "attention_answer_key"
-    winner = "what harm wrote into the keys" if harm >= answer else "the keys that are there anyway"
+    winner = "what harm wrote into the keys" if harm >= answer else "the options' ordinary keys"
     return Verdict(
         mechanism=mechanism,
         confidence=min(_confidence((restored - t["patch_restores"]) / 0.2), _confidence(abs(harm - answer) / 0.2)),
-        rule=f"the clean pattern restores the margin, and the pressed query acts mostly through {winner}",
+        rule=f"the clean pattern restores the margin, and most of the loss runs through {winner}",
         evidence=common + terms,
     )
 
