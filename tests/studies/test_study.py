@@ -113,12 +113,14 @@ def test_refuse_and_harm_interact_negatively(run):
     assert min(pair) <= -2
 
 
-def test_the_base_model_is_unaffected_and_the_verdict_is_attention(run):
+def test_the_base_model_is_unaffected_and_the_verdict_is_not_a_late_flip(run):
     _, results = run
     assert results.origin[0].checkpoint == "base"
     assert results.origin[0].accuracy["harm"] >= 0.98
     assert len(results.origin) >= 5
-    assert results.verdict.mechanism.startswith("attention_")
+    assert results.verdict.mechanism in ("attention_harm_key", "attention_answer_key", "undetermined")
+    patch = next(e for e in results.verdict.evidence if e.name == "margin restored by the clean pattern")
+    assert patch.holds
 
 
 def test_the_same_command_resumes_and_another_config_is_refused(run):

@@ -146,7 +146,7 @@ def shapley_values(value: Callable[[frozenset[Term]], float]) -> dict[Term, floa
     for term in TERMS:
         without = [s for s in known if term not in s]
         result[term] = sum(
-            factorial(len(s)) * factorial(n - len(s) - 1) / factorial(n) * (known[s | {term}] - known[s])
+            factorial(len(s)) * factorial(n - len(s) - 1) / factorial(n) * (known[s.union((term,))] - known[s])
             for s in without
         )
     return result
