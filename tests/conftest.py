@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from jaxtyping import install_import_hook
 
-install_import_hook("qklens", "beartype.beartype")
+install_import_hook(
+    ["qklens.models", "qklens.dictionaries", "qklens.interventions", "qklens.analyses"], "beartype.beartype"
+)
 
 import re  # noqa: E402
 from collections.abc import Callable  # noqa: E402

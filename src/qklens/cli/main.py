@@ -121,7 +121,7 @@ def main() -> None:
     """The console script."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its loading reports would stand around our one line
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="qklens", standalone_mode=False)
     except QklensError as error:
         sys.stderr.write(f"qklens: {error}\n")
         status = 2
