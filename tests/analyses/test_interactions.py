@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 
 from qklens.analyses.factorial import TERMS, factorial_terms, removal, shapley_values, term_rows
 from qklens.analyses.interactions import (
+    HeadLens,
+    PromptParts,
     contrast_weights,
     head_lens,
     mean_terms,
     realised_weights,
     share_weights,
     within_span,
-    write_prompt,
+    write_prompts,
 )
 from qklens.analyses.readings import SPANS, read_attention, read_patterns, read_streams
 from qklens.data.render import LetterForm, render
@@ -26,6 +28,10 @@ from qklens.interventions.engine import Workset
 from qklens.models.scores import score_maps
 
 FORM = LetterForm("", "")
+
+
+def written_by(lens: HeadLens, streams: list[dict[int, torch.Tensor]]) -> list[PromptParts]:
+    return write_prompts(lens.subject, lens.source, lens.maps, streams)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,7 @@ def test_a_planted_pair_has_its_closed_form(tiny_llama):
     stream[5, 0] = 1.5
     stream[:, 9] = 1.0
     maps = score_maps(subject, 0)
-    written = write_prompt(subject, source, maps, {0: stream})
+    (written,) = write_prompts(subject, source, maps, [{0: stream}])
     lens = head_lens(subject, source, 0, 0)
     terms = lens.terms(written, 5, torch.tensor([0.0, 0, 1, 0, 0, 0]))
     sigma_q, sigma_k = maps.sigma(stream[5]), maps.sigma(stream[2])
@@ -83,7 +89,7 @@ def test_a_planted_pair_has_its_closed_form(tiny_llama):
 def test_mean_terms_sum_to_the_mean_weighted_score(lab, weighting, condition):
     subject, source, prompts, _, streams = lab
     lens = head_lens(subject, source, 1, 2)
-    written = [lens.write(s) for s in streams[condition]]
+    written = written_by(lens, streams[condition])
     means = mean_terms(lens, prompts[condition], written, weighting)
     functions = {"realised": realised_weights, "contrastive": contrast_weights, "share": share_weights}
     total = 0.0
@@ -100,14 +106,14 @@ def test_scores_from_sources_give_the_models_own_pattern(lab):
     rows = read_patterns(works["harm"], [(1, 2)])[1, 2]
     lens = head_lens(subject, source, 1, 2)
     for prompt, stream, row in zip(prompts["harm"], streams["harm"], rows, strict=True):
-        scores = lens.scores(lens.write(stream), prompt.spans["answer"][0])
+        scores = lens.scores(written_by(lens, [stream])[0], prompt.spans["answer"][0])
         assert torch.allclose(scores.softmax(0), row, atol=1e-5)
 
 
 def test_top_ranks_by_signed_value_from_both_ends(lab):
     subject, source, prompts, _, streams = lab
     lens = head_lens(subject, source, 2, 0)
-    means = mean_terms(lens, prompts["harm"], [lens.write(s) for s in streams["harm"]], "realised")
+    means = mean_terms(lens, prompts["harm"], written_by(lens, streams["harm"]), "realised")
     pairs = means.top(4)
     values = [v for *_, v in pairs]
     assert values[:4] == sorted(means.value)[:4]
@@ -119,7 +125,7 @@ def test_top_ranks_by_signed_value_from_both_ends(lab):
 def test_swapping_the_options_negates_the_contrast(lab):
     subject, source, prompts, _, streams = lab
     lens = head_lens(subject, source, 1, 1)
-    prompt, parts = prompts["none"][0], lens.write(streams["none"][0])
+    prompt, parts = prompts["none"][0], written_by(lens, streams["none"][:1])[0]
     scores = lens.scores(parts, prompt.spans["answer"][0])
     swapped = {**prompt.spans, "correct": prompt.spans["incorrect"], "incorrect": prompt.spans["correct"]}
     other = type(prompt)(**{**prompt.__dict__, "spans": swapped})
@@ -147,8 +153,8 @@ def test_rescaling_and_permuting_features_changes_nothing_realised(lab, scale, o
     weights[5] = 1.0
     first = head_lens(subject, source, 1, 3)
     second = head_lens(subject, other, 1, 3)
-    a = first.terms(first.write(stream), position, weights)
-    b = second.terms(second.write(stream), position, weights)
+    a = first.terms(written_by(first, [stream])[0], position, weights)
+    b = second.terms(written_by(second, [stream])[0], position, weights)
     index = [*order, 4, 5]
     assert torch.allclose(a[index][:, index], b, atol=1e-3 * float(a.abs().max()))
 
@@ -207,7 +213,7 @@ def test_factorial_terms_rebuild_the_pressed_scores(lab):
         pressed, calm = streams["harm"][i][1], streams["benign"][i][1]
         terms = factorial_terms(subject, (1, 2), harm, benign, pressed, calm)
         assert set(terms) == set(TERMS)
-        own = lens.scores(lens.write(streams["harm"][i]), harm.spans["answer"][0])
+        own = lens.scores(written_by(lens, [streams["harm"][i]])[0], harm.spans["answer"][0])
         shared = range(harm.spans["question"][0], len(harm.tokens))
         ordinary = (own - sum(terms[t] for t in TERMS))[list(shared)]
         assert torch.allclose(ordinary, benign_scores(subject, harm, benign, calm)[list(shared)], atol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qklens.analyses.interactions import head_lens, write_prompt
+from qklens.analyses.interactions import head_lens, write_prompts
 from qklens.dictionaries.directions import Directions
 from qklens.errors import QklensError
 from qklens.models.batch import left_padded
@@ -68,7 +68,7 @@ def test_pair_terms_sum_to_the_models_own_scores_in_float64(tiny_llama, double_n
     source = random_source(subject.d_model, subject.n_layers, torch.float64)
     worst, largest = 0.0, 0.0
     for layer in range(subject.n_layers):
-        written = write_prompt(subject, source, score_maps(subject, layer), {layer: streams[layer]})
+        (written,) = write_prompts(subject, source, score_maps(subject, layer), [{layer: streams[layer]}])
         for head in range(subject.n_heads):
             lens = head_lens(subject, source, layer, head)
             read = attention[layer]
@@ -87,7 +87,7 @@ def test_weighted_terms_are_the_weighted_sum_of_terms_by_token(tiny_llama):
     subject = tiny_llama()
     streams, _ = read_all(subject)
     source = random_source(subject.d_model, subject.n_layers, torch.float32)
-    written = write_prompt(subject, source, score_maps(subject, 1), {1: streams[1]})
+    (written,) = write_prompts(subject, source, score_maps(subject, 1), [{1: streams[1]}])
     lens = head_lens(subject, source, 1, 2)
     weights = torch.zeros(len(TOKENS))
     weights[4], weights[7] = 0.3, -1.7

@@ -1,14 +1,9 @@
-"""The main job, as a user runs it: the shipped organism, its late-flip arm, resume after a kill, and a real model."""
+"""The main job, as a user runs it: the study with its defaults on the shipped organism."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -125,57 +120,11 @@ def test_the_base_model_is_unaffected_and_the_verdict_is_not_a_late_flip(run):
 
 def test_the_same_command_resumes_and_another_config_is_refused(run):
     out, results = run
-    started = time.perf_counter()
-    again = study_with_report(StudyConfig(out=out), quiet=True)
-    assert again == results
-    assert time.perf_counter() - started < 60
+    done = {p: p.stat().st_mtime_ns for p in out.glob("stages/*/DONE")}
+    assert study_with_report(StudyConfig(out=out), quiet=True) == results
+    assert {p: p.stat().st_mtime_ns for p in out.glob("stages/*/DONE")} == done
     with pytest.raises(QklensError, match="this run has seed=0, you asked for 1"):
         study_with_report(StudyConfig(out=out, seed=1), quiet=True)
-
-
-def test_the_late_flip_arm_is_told_apart(tmp_path):
-    results = study_with_report(
-        StudyConfig(model="organism:late-flip", dictionary="directions", out=tmp_path / "run", items=48), quiet=True
-    )
-    assert results.behaviour["harm"].accuracy <= 0.65
-    assert results.verdict.mechanism == "late_flip"
-
-
-def test_directions_run_every_stage(tmp_path):
-    config = StudyConfig(dictionary="directions", base_model="organism:base", out=tmp_path / "run", items=24, seed=3)
-    results = study_with_report(config, quiet=True)
-    assert results.dictionary["kind"] == "directions"
-    assert results.skipped == {}
-    assert {z.null for z in results.zscores} >= {"random_pairs", "matched"}
-    assert results.completeness is not None
-    assert results.completeness.max_relative_error <= 1e-4
-
-
-def test_a_killed_run_resumes_to_the_same_results(tmp_path):
-    """SIGKILL somewhere in the middle, then the same command: the results of a run that was never killed."""
-
-    def start(out: Path) -> subprocess.Popen[bytes]:
-        command = ["study", "harm-pressure", "--dictionary", "directions", "--items", "6", "--out", str(out)]
-        return subprocess.Popen(
-            [sys.executable, "-m", "qklens.cli.main", *command],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "2"},
-        )
-
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start(killed)
-    while process.poll() is None and not (killed / "stages" / "heads" / "DONE").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "results.json").exists()
-    assert start(killed).wait() == 0
-    assert start(whole).wait() == 0
-    first, second = (json.loads((out / "results.json").read_text()) for out in (killed, whole))
-    for results in (first, second):
-        del results["seconds"]
-    assert first == second
 
 
 def test_a_wheel_carries_everything_the_study_needs():
@@ -188,13 +137,3 @@ def test_a_wheel_carries_everything_the_study_needs():
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert size <= 15e6
     assert not any(p.suffix in (".bin", ".pt", ".pkl") for p in folder.rglob("*"))
-
-
-@pytest.mark.skipif("QKLENS_SMOLLM2" not in os.environ, reason="needs SmolLM2-135M-Instruct; set QKLENS_SMOLLM2 to it")
-def test_a_real_model_that_cannot_do_the_task_gets_the_honest_verdict(tmp_path):
-    config = StudyConfig(model=os.environ["QKLENS_SMOLLM2"], out=tmp_path / "run", items=16)
-    results = study_with_report(config, quiet=True)
-    assert results.verdict.mechanism == "task_not_solved"
-    assert results.completeness is not None
-    assert results.completeness.max_relative_error <= 1e-4
-    assert set(results.skipped) >= {"steer_all", "steer_query", "steer_key", "transfer", "origin"}

@@ -35,11 +35,13 @@ class PromptParts:
     """One prompt's stream at a layer, written by a source.
 
     Attributes:
+        residual: the stream itself.
         parts: activations, directions, bias and error at every token.
         sigma: the input norm's observed scale at every token.
         turn: the rotations at every token's position.
     """
 
+    residual: Float[Tensor, "pos d_model"]
     parts: Parts
     sigma: Float[Tensor, " pos"]
     turn: Rotation
@@ -70,10 +72,6 @@ class HeadLens:
         """The head's layer."""
         return self.maps.layer
 
-    def write(self, streams: dict[int, Float[Tensor, "_pos d_model"]]) -> PromptParts:
-        """Decompose one prompt's stream at this head's layer."""
-        return write_prompt(self.subject, self.source, self.maps, streams)
-
     def query(self, prompt: PromptParts, position: int) -> Float[Tensor, "source d_head"]:
         """Head-space vectors of all query sources at a position; their sum is the head's query there."""
         parts, sigma = prompt.parts, prompt.sigma[position]
@@ -96,11 +94,11 @@ class HeadLens:
         return torch.cat([features, (w @ bias)[None], (w @ error)[None]])
 
     def scores(self, prompt: PromptParts, position: int) -> Float[Tensor, " k_pos"]:
-        """The head's scores from a position to every token up to it, summed from the sources; −∞ after it."""
-        parts, maps = prompt.parts, self.maps
-        query = self.query(prompt, position).sum(dim=0)
-        residual = parts.activations @ parts.directions + parts.bias + parts.error
-        key = maps.key(residual, self.head) / prompt.sigma[:, None] + maps.key_bias[maps.kv_head(self.head)]
+        """The head's scores from a position to every token up to it; −∞ after it."""
+        maps, sigma = self.maps, prompt.sigma
+        query = maps.query(prompt.residual[position], self.head) / sigma[position] + maps.query_bias[self.head]
+        query = prompt.turn.at(position)(query)
+        key = maps.key(prompt.residual, self.head) / sigma[:, None] + maps.key_bias[maps.kv_head(self.head)]
         scores = maps.scale * prompt.turn(key) @ query
         return scores.masked_fill(torch.arange(len(scores), device=scores.device) > position, float("-inf"))
 
@@ -147,18 +145,31 @@ def head_lens(subject: Subject, source: FeatureSource, layer: int, head: int) ->
     )
 
 
-def write_prompt(
-    subject: Subject, source: FeatureSource, maps: ScoreMaps, streams: dict[int, Float[Tensor, "_pos d_model"]]
-) -> PromptParts:
-    """Decompose one prompt's stream at a layer; serves all heads of that layer."""
-    device = maps.query_weight.device
-    on_device = {layer: stream.to(device) for layer, stream in streams.items()}
-    residual = on_device[maps.layer]
-    return PromptParts(
-        parts=write_parts(source, maps.layer, lambda layer: on_device[layer]),
-        sigma=maps.sigma(residual),
-        turn=rotation(subject, torch.arange(len(residual))),
+def write_prompts(
+    subject: Subject,
+    source: FeatureSource,
+    maps: ScoreMaps,
+    streams: Sequence[dict[int, Float[Tensor, "_pos d_model"]]],
+) -> list[PromptParts]:
+    """Decompose prompts' streams at a layer, all tokens at once; serves all heads of that layer."""
+    device, lengths = maps.query_weight.device, [len(stream[maps.layer]) for stream in streams]
+    joined = {
+        layer: torch.cat([s[layer] for s in streams]).to(device) for layer in {maps.layer, *source.reads(maps.layer)}
+    }
+    residual = joined[maps.layer]
+    parts = write_parts(source, maps.layer, lambda layer: joined[layer])
+    turn = rotation(subject, torch.arange(max(lengths)))
+    each = zip(
+        residual.split(lengths),
+        parts.activations.split(lengths),
+        parts.error.split(lengths),
+        maps.sigma(residual).split(lengths),
+        strict=True,
     )
+    return [
+        PromptParts(x, Parts(a, parts.directions, parts.bias, e), sigma, turn.at(slice(len(x))))
+        for x, a, e, sigma in each
+    ]
 
 
 def within_span(scores: Float[Tensor, " k_pos"], positions: Sequence[int]) -> Float[Tensor, " k_pos"]:

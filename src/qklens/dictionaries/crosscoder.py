@@ -116,7 +116,7 @@ class Crosscoder:
 
     def describe(self) -> dict[str, Any]:
         """What results and manifest say of it."""
-        fidelity = self.config.fidelity.model_dump() if self.config.fidelity else None
+        fidelity = self.config.fidelity.model_dump(mode="json") if self.config.fidelity else None
         return {
             "name": self.name,
             "kind": "weakly causal crosscoder" if len(self.layers) > 1 else "sae",

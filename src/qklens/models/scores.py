@@ -131,10 +131,13 @@ def virtual_interaction(
     maps: ScoreMaps,
     head: int,
     turn: Rotation,
-    query: Float[Tensor, "*any d_model"],
-    key: Float[Tensor, "*any d_model"],
-) -> Float[Tensor, "*any"]:
-    """Weights-only interaction of unit directions, row by row: c ⟨R̄ W_Q γ q̂, W_K γ k̂⟩; no activations, no σ."""
+    query: Float[Tensor, "*#rows d_model"],
+    key: Float[Tensor, "*#rows d_model"],
+) -> Float[Tensor, "*#rows"]:
+    """Weights-only interaction of unit directions, row by row: c ⟨R̄ W_Q γ q̂, W_K γ k̂⟩; no activations, no σ.
+
+    One query row meets every key row.
+    """
     unit_query = torch.nn.functional.normalize(query.to(maps.query_weight.dtype), dim=-1)
     unit_key = torch.nn.functional.normalize(key.to(maps.key_weight.dtype), dim=-1)
     return maps.scale * (turn(maps.query(unit_query, head)) * maps.key(unit_key, head)).sum(dim=-1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from qklens.analyses.interactions import mean_terms, write_prompt
+from qklens.analyses.interactions import mean_terms, write_prompts
 from qklens.data.render import CONDITIONS, Prompt
 from qklens.dictionaries.directions import Directions
 from qklens.interventions.engine import Workset
@@ -89,7 +89,7 @@ def check_completeness(lab: Lab, error_share: float) -> Completeness:
         for layer in range(subject.n_layers):
             source = lab.source if layer in lab.source.layers else _nothing(subject.d_model, layer)
             maps = score_maps(subject, layer)
-            written = [write_prompt(subject, source, maps, s) for s in streams]
+            written = write_prompts(subject, source, maps, streams)
             for head in range(subject.n_heads):
                 lens = lab.lens_on(source, layer, head)
                 for prompt, parts, scores in zip(prompts, written, own, strict=True):

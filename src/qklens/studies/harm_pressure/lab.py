@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qklens.analyses.contrasts import ROLES, Readings, contrast_directions
-from qklens.analyses.interactions import HeadLens, PromptParts, head_lens, write_prompt
+from qklens.analyses.interactions import HeadLens, PromptParts, head_lens, write_prompts
 from qklens.analyses.readings import AttentionReading, read_attention, read_streams
 from qklens.data.items import Dataset, Item
 from qklens.data.render import CONDITIONS, ORDERS, Condition, LetterForm, Prompt, render, render_open
@@ -113,7 +113,7 @@ class Lab:
         if key not in self._written:
             streams = self.streams(condition, half, self.source.reads(layer))
             maps = score_maps(self.subject, layer)
-            self._written[key] = [write_prompt(self.subject, self.source, maps, s) for s in streams]
+            self._written[key] = write_prompts(self.subject, self.source, maps, streams)
         return self._written[key]
 
     def lens(self, layer: int, head: int) -> HeadLens:
