@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 from qklens.data.items import SHIPPED, Item, load_dataset  # noqa: E402
 from qklens.data.render import INSTRUCTION  # noqa: E402
-from qklens.models.families import FAMILIES  # noqa: E402
+from qklens.models.families import load_family  # noqa: E402
 from qklens.models.subject import Subject, wrap_model  # noqa: E402
 
 CHAT_TEMPLATE = (
@@ -88,6 +88,6 @@ def tiny_llama(word_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Subject
         }
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**{**options, **config})).to(dtype)
-        return wrap_model(model, word_tokenizer, FAMILIES["llama"])
+        return wrap_model(model, word_tokenizer, load_family("llama"))
 
     return make

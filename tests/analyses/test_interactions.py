@@ -15,8 +15,7 @@ from qklens.analyses.interactions import (
     contrast_weights,
     head_lens,
     mean_terms,
-    realised_weights,
-    share_weights,
+    weights_of,
     within_span,
     write_prompts,
 )
@@ -74,7 +73,7 @@ def test_a_planted_pair_has_its_closed_form(tiny_llama):
     (written,) = write_prompts(subject, source, maps, [{0: stream}])
     lens = head_lens(subject, source, 0, 0)
     terms = lens.terms(written, 5, torch.tensor([0.0, 0, 1, 0, 0, 0]))
-    sigma_q, sigma_k = maps.sigma(stream[5]), maps.sigma(stream[2])
+    sigma_q, sigma_k = maps.norm.scale(stream[5]), maps.norm.scale(stream[2])
     angle = 3 * 10000.0 ** (-6 / 8)
     expected = maps.scale * (2.0 * 1.5 / sigma_q) * (-5.0 * 3.0 / sigma_k) * np.cos(angle)
     assert float(terms[0, 1]) == pytest.approx(float(expected), rel=1e-5)
@@ -91,11 +90,11 @@ def test_mean_terms_sum_to_the_mean_weighted_score(lab, weighting, condition):
     lens = head_lens(subject, source, 1, 2)
     written = written_by(lens, streams[condition])
     means = mean_terms(lens, prompts[condition], written, weighting)
-    functions = {"realised": realised_weights, "contrastive": contrast_weights, "share": share_weights}
     total = 0.0
     for prompt, parts in zip(prompts[condition], written, strict=True):
         scores = lens.scores(parts, prompt.spans["answer"][0])
-        total += float((functions[weighting](scores, prompt) * scores).sum()) / len(written)
+        weights = weights_of(lens, prompt, parts, weighting)
+        total += float((weights * scores.nan_to_num(neginf=0.0)).sum()) / len(written)
     assert means.total == pytest.approx(total, abs=1e-4)
     assert sum(means.shares().values()) == pytest.approx(means.total, abs=1e-6)
     assert 0 <= means.error_share() <= 1
@@ -238,12 +237,12 @@ def benign_scores(subject, harm, benign, calm) -> torch.Tensor:
 
     maps = score_maps(subject, 1)
     x = calm[benign.spans["answer"][0]]
-    turn = rotation(subject, torch.arange(len(harm.tokens)))
-    query = turn.at(harm.spans["answer"][0])(maps.query(x, 2) / maps.sigma(x))
+    turn = rotation(subject, 1, torch.arange(len(harm.tokens)))
+    query = turn.at(harm.spans["answer"][0])(maps.whole_query(x, 2))
     keys = torch.zeros(len(harm.tokens), subject.d_head)
     here, there = harm.spans["question"][0], benign.spans["question"][0]
     rows = calm[there:]
-    keys[here:] = maps.key(rows, 2) / maps.sigma(rows)[:, None]
+    keys[here:] = maps.whole_key(rows, 2)
     return maps.scale * turn(keys) @ query
 
 

@@ -27,7 +27,7 @@ N_FEATURES = 400
 @pytest.fixture(scope="module")
 def head(tiny_llama):
     subject = tiny_llama()
-    return score_maps(subject, 1), offset_rotation(subject, torch.tensor([4, 9]))
+    return score_maps(subject, 1), offset_rotation(subject, 1, torch.tensor([4, 9]))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_planted_pair_is_found_with_its_sign(head, features):
     )
     spread = float(clean.draws.std())
     query = features.vectors[0]
-    reach = maps.scale * turn(maps.query(query[None] / query.norm(), 2))[0] @ maps.key_weight[1]
+    reach = maps.scale * turn(maps.query(query[None] / query.norm(), 2))[0] @ maps.key_side.weight[1]
     key = -reach / reach.norm()
     test = null_test("random_pairs", maps, 2, turn, features, features, (query, key), (0.5, 0.5))
     assert test.value == pytest.approx(-float(reach.norm()), rel=1e-4)

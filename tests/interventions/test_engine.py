@@ -102,7 +102,7 @@ def test_query_add_has_its_closed_form(tiny_llama, harm):
     x = streams[0][0, -1] + 0.7 * 2.0 * d.vectors[1]
     normed = subject.layers[1].input_layernorm(x)
     weight = subject.layers[1].self_attn.q_proj.weight.view(4, 8, 32)[2]
-    expected = rotation(subject, torch.tensor(len(harm[0].tokens) - 1))(weight @ normed)
+    expected = rotation(subject, 1, torch.tensor(len(harm[0].tokens) - 1))(weight @ normed)
     steer = Steer(d, 0.7, side="query", heads=((1, 2),), tokens=("answer",))
     assert torch.allclose(attention_of(work, 1, [steer]).query[0, 2, -1], expected, atol=1e-5)
 
@@ -239,7 +239,7 @@ def test_predicted_score_change_equals_the_measured_one_with_frozen_norms(tiny_l
     measured = clean.scale * (edited.query[0, 2, -1] - clean.query[0, 2, -1]) @ keys.T
     maps = score_maps(subject, 1)
     answer = len(harm[0].tokens) - 1
-    change = maps.query(-1.5 * 2.0 * d.vectors[1], 2) / maps.sigma(streams[0][0, -1])
-    predicted = maps.scale * rotation(subject, torch.tensor(answer))(change) @ keys.T
+    change = maps.query(-1.5 * 2.0 * d.vectors[1], 2) / maps.norm.scale(streams[0][0, -1])
+    predicted = maps.scale * rotation(subject, 1, torch.tensor(answer))(change) @ keys.T
     assert torch.allclose(measured, predicted, atol=1e-5)
     assert torch.corrcoef(torch.stack([measured, predicted]))[0, 1] > 0.99999

@@ -100,14 +100,14 @@ def test_offset_rotation_is_the_relative_rotation(tiny_llama):
     subject = tiny_llama()
     q, k = torch.randn(2, subject.d_head, generator=torch.Generator().manual_seed(1))
     for p, j in ((9, 2), (30, 29), (5, 5)):
-        pair = rotation(subject, torch.tensor(p))(q) @ rotation(subject, torch.tensor(j))(k)
-        relative = offset_rotation(subject, torch.tensor([p - j]))(q) @ k
+        pair = rotation(subject, 0, torch.tensor(p))(q) @ rotation(subject, 0, torch.tensor(j))(k)
+        relative = offset_rotation(subject, 0, torch.tensor([p - j]))(q) @ k
         assert torch.allclose(pair, relative, atol=1e-5)
 
 
 def test_virtual_interaction_ignores_scale_and_keeps_sign(tiny_llama):
     subject = tiny_llama()
-    maps, turn = score_maps(subject, 0), offset_rotation(subject, torch.tensor([3, 5]))
+    maps, turn = score_maps(subject, 0), offset_rotation(subject, 0, torch.tensor([3, 5]))
     q, k = torch.randn(2, 1, subject.d_model, generator=torch.Generator().manual_seed(2))
     value = virtual_interaction(maps, 1, turn, q, k)
     assert torch.allclose(virtual_interaction(maps, 1, turn, 7 * q, 0.1 * k), value, atol=1e-6)
@@ -117,8 +117,8 @@ def test_virtual_interaction_ignores_scale_and_keeps_sign(tiny_llama):
         maps.scale
         * torch.stack(
             [
-                offset_rotation(subject, torch.tensor([o]))(maps.query_weight[1] @ unit_q)
-                @ (maps.key_weight[0] @ unit_k)
+                offset_rotation(subject, 0, torch.tensor([o]))(maps.query_side.weight[1] @ unit_q)
+                @ (maps.key_side.weight[0] @ unit_k)
                 for o in (3, 5)
             ]
         ).mean()

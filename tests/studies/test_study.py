@@ -79,7 +79,8 @@ def test_belief_is_kept_and_attention_is_lost(run):
     assert results.belief is not None
     assert results.belief.auc_harm >= 0.7
     chosen = [h for h in results.heads if h.selected]
-    assert all(h.attention_difference_none >= 0.3 for h in chosen)
+    assert max(h.attention_difference_none for h in chosen) >= 0.3
+    assert all(h.attention_difference_none > 0 for h in chosen)
     assert all(h.attention_difference_harm <= 0.5 * h.attention_difference_none for h in chosen)
 
 

@@ -55,18 +55,10 @@ def factorial_terms(
     """
     layer, h = head
     maps = score_maps(subject, layer)
-    bias_q, bias_k = maps.query_bias[h], maps.key_bias[maps.kv_head(h)]
-
-    def keys(stream: Tensor) -> Tensor:
-        return maps.key(stream, h) / maps.sigma(stream)[:, None] + bias_k
-
-    def answer_query(stream: Tensor, prompt: Prompt) -> Tensor:
-        x = stream[prompt.spans["answer"][0]]
-        return maps.query(x, h) / maps.sigma(x) + bias_q
-
     pressed, calm = pressed.to(subject.device), calm.to(subject.device)
-    q_b, q_h = answer_query(calm, benign), answer_query(pressed, harm)
-    k_h, k_calm = keys(pressed), keys(calm)
+    q_b = maps.whole_query(calm[benign.spans["answer"][0]], h)
+    q_h = maps.whole_query(pressed[harm.spans["answer"][0]], h)
+    k_h, k_calm = maps.whole_key(pressed, h), maps.whole_key(calm, h)
     k_b = k_h.clone()
     n = len(harm.tokens)
     shared = _shared_tokens(harm, benign)
@@ -74,7 +66,7 @@ def factorial_terms(
     options, intent = torch.zeros(2, n, dtype=torch.bool, device=k_h.device)
     options[[*harm.span("correct"), *harm.span("incorrect")]] = True
     intent[list(harm.span("intent"))] = True
-    turn = rotation(subject, torch.arange(n))
+    turn = rotation(subject, layer, torch.arange(n))
     answer = harm.spans["answer"][0]
 
     def scores(query: Tensor, key: Tensor) -> Tensor:
@@ -82,7 +74,7 @@ def factorial_terms(
 
     change = q_h - q_b
     there = list(benign.span("intent"))
-    calm_turn = rotation(subject, torch.arange(len(benign.tokens)))
+    calm_turn = rotation(subject, layer, torch.arange(len(benign.tokens)))
     calm_intent = maps.scale * (calm_turn(k_calm)[there] @ calm_turn.at(benign.spans["answer"][0])(q_b))
     rise = scores(q_b, k_h)[intent].logsumexp(dim=0) - calm_intent.logsumexp(dim=0)
     return {

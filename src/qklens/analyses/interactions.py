@@ -13,8 +13,9 @@ All values are in score units (before softmax, after the model's scale); negativ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ from torch import Tensor
 from qklens.data.render import Prompt
 from qklens.dictionaries.source import FeatureSource, Parts, write_parts
 from qklens.errors import QklensError
-from qklens.models.scores import Rotation, ScoreMaps, rotation, score_maps
+from qklens.models.scores import Rotation, Scales, ScoreMaps, rotation, score_maps
 from qklens.models.subject import Subject
 
 BIAS, ERROR = "bias", "error"
+Weighting = Literal["realised", "contrastive", "share"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +39,13 @@ class PromptParts:
     Attributes:
         residual: the stream itself.
         parts: activations, directions, bias and error at every token.
-        sigma: the input norm's observed scale at every token.
+        scales: what the norms divided by at every token.
         turn: the rotations at every token's position.
     """
 
     residual: Float[Tensor, "pos d_model"]
     parts: Parts
-    sigma: Float[Tensor, " pos"]
+    scales: Scales
     turn: Rotation
 
 
@@ -74,33 +76,45 @@ class HeadLens:
 
     def query(self, prompt: PromptParts, position: int) -> Float[Tensor, "source d_head"]:
         """Head-space vectors of all query sources at a position; their sum is the head's query there."""
-        parts, sigma = prompt.parts, prompt.sigma[position]
-        bias = self.maps.query(parts.bias, self.head) / sigma + self.maps.query_bias[self.head]
-        error = self.maps.query(parts.error[position], self.head) / sigma
-        features = parts.activations[position, :, None].to(error) * self.query_features / sigma
-        return prompt.turn.at(position)(torch.cat([features, bias[None], error[None]]))
+        parts, maps, head = prompt.parts, self.maps, self.head
+        here = prompt.scales.at(position)
+        rms = maps.query_rms(here, head)
+        bias = maps.query(parts.bias, head) / here.sigma + maps.query_constant(head)
+        error = maps.query(parts.error[position], head) / here.sigma
+        features = parts.activations[position, :, None].to(error) * self.query_features / here.sigma
+        return prompt.turn.at(position)(torch.cat([features, bias[None], error[None]])) / rms
 
     def keys(self, prompt: PromptParts, weights: Float[Tensor, " pos"]) -> Float[Tensor, "source d_head"]:
         """Head-space vectors of all key sources, summed over tokens with weights."""
-        parts, maps, turn = prompt.parts, self.maps, prompt.turn
+        parts, maps, head = prompt.parts, self.maps, self.head
         where = weights.nonzero()[:, 0]
-        w, sigma = weights[where].to(prompt.sigma), prompt.sigma[where]
-        cos, sin = turn.cos[where], turn.sin[where]
+        scales, here = prompt.scales.at(where), prompt.turn.at(where)
+        w, sigma = weights[where].to(scales.sigma) / maps.key_rms(scales, head), scales.sigma
+        # Σ_j w_j a(j)/σ(j) R_j d: the rotations are summed first, one sum a feature; what does not turn sums plainly.
         spread = (w / sigma)[:, None] * parts.activations[where].to(sigma)
-        features = Rotation(spread.T @ cos, spread.T @ sin)(self.key_features)
-        here = Rotation(cos, sin)
-        bias = here(maps.key(parts.bias, self.head) / sigma[:, None] + maps.key_bias[maps.kv_head(self.head)])
-        error = here(maps.key(parts.error[where], self.head) / sigma[:, None])
+        turning, still = self.key_features.split(
+            [here.cos.shape[-1], self.key_features.shape[-1] - here.cos.shape[-1]], dim=-1
+        )
+        turned = Rotation(spread.T @ here.cos, spread.T @ here.sin)(turning)
+        features = torch.cat([turned, spread.sum(dim=0)[:, None] * still], dim=-1)
+        bias = here(maps.key(parts.bias, head) / sigma[:, None] + maps.key_constant(head))
+        error = here(maps.key(parts.error[where], head) / sigma[:, None])
         return torch.cat([features, (w @ bias)[None], (w @ error)[None]])
 
     def scores(self, prompt: PromptParts, position: int) -> Float[Tensor, " k_pos"]:
-        """The head's scores from a position to every token up to it; −∞ after it."""
-        maps, sigma = self.maps, prompt.sigma
-        query = maps.query(prompt.residual[position], self.head) / sigma[position] + maps.query_bias[self.head]
-        query = prompt.turn.at(position)(query)
-        key = maps.key(prompt.residual, self.head) / sigma[:, None] + maps.key_bias[maps.kv_head(self.head)]
-        scores = maps.scale * prompt.turn(key) @ query
-        return scores.masked_fill(torch.arange(len(scores), device=scores.device) > position, float("-inf"))
+        """The head's scores from a position to every token, as they meet the softmax; −∞ where it does not see."""
+        maps, head = self.maps, self.head
+        query = maps.whole_query(prompt.residual[position], head, prompt.scales.at(position))
+        key = maps.whole_key(prompt.residual, head, prompt.scales)
+        scores = maps.capped(maps.scale * prompt.turn(key) @ prompt.turn.at(position)(query))
+        first, end = maps.visible(position, len(scores))
+        hidden = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+        hidden[first:end] = False
+        return scores.masked_fill(hidden, float("-inf"))
+
+    def pattern(self, scores: Float[Tensor, " k_pos"]) -> Float[Tensor, " k_pos"]:
+        """The head's pattern row from its `scores`."""
+        return self.maps.pattern(scores, self.head)
 
     def terms(self, prompt: PromptParts, position: int, weights: Float[Tensor, " pos"]) -> Float[Tensor, "query key"]:
         """All pair terms at a position for a weighting of key tokens; they sum to Σ_j w_j u(p, j)."""
@@ -108,16 +122,16 @@ class HeadLens:
 
     def terms_by_token(self, prompt: PromptParts, position: int) -> Float[Tensor, "k_pos query key"]:
         """Pair terms from a position to every token, for the sources active anywhere in the prompt."""
-        parts, maps = prompt.parts, self.maps
+        parts, maps, head = prompt.parts, self.maps, self.head
+        sigma, rms = prompt.scales.sigma, maps.key_rms(prompt.scales, head)
         query = self.query(prompt, position)
         query = query[query.abs().sum(dim=1) > 0]
         used = (parts.activations != 0).any(dim=0).nonzero()[:, 0]
-        features = parts.activations[:, used, None] * self.key_features[used] / prompt.sigma[:, None, None]
-        bias = maps.key(parts.bias, self.head) / prompt.sigma[:, None] + maps.key_bias[maps.kv_head(self.head)]
-        error = maps.key(parts.error, self.head) / prompt.sigma[:, None]
-        turn = Rotation(prompt.turn.cos[:, None], prompt.turn.sin[:, None])
-        keys = turn(torch.cat([features.to(error), bias[:, None], error[:, None]], dim=1))
-        return maps.scale * torch.einsum("qd,tkd->tqk", query, keys)
+        features = parts.activations[:, used, None] * self.key_features[used] / sigma[:, None, None]
+        bias = maps.key(parts.bias, head) / sigma[:, None] + maps.key_constant(head)
+        error = maps.key(parts.error, head) / sigma[:, None]
+        keys = prompt.turn.between()(torch.cat([features.to(error), bias[:, None], error[:, None]], dim=1))
+        return maps.scale * torch.einsum("qd,tkd->tqk", query, keys / rms[:, None, None])
 
 
 def head_lens(subject: Subject, source: FeatureSource, layer: int, head: int) -> HeadLens:
@@ -133,7 +147,7 @@ def head_lens(subject: Subject, source: FeatureSource, layer: int, head: int) ->
             f"writes layers {list(source.layers)}"
         )
     maps = score_maps(subject, layer)
-    directions = source.directions(layer).to(maps.query_weight)
+    directions = source.directions(layer).to(maps.query_side.weight)
     return HeadLens(
         subject=subject,
         source=source,
@@ -152,28 +166,29 @@ def write_prompts(
     streams: Sequence[dict[int, Float[Tensor, "_pos d_model"]]],
 ) -> list[PromptParts]:
     """Decompose prompts' streams at a layer, all tokens at once; serves all heads of that layer."""
-    device, lengths = maps.query_weight.device, [len(stream[maps.layer]) for stream in streams]
+    device, lengths = maps.query_side.weight.device, [len(stream[maps.layer]) for stream in streams]
     joined = {
         layer: torch.cat([s[layer] for s in streams]).to(device) for layer in {maps.layer, *source.reads(maps.layer)}
     }
     residual = joined[maps.layer]
     parts = write_parts(source, maps.layer, lambda layer: joined[layer])
-    turn = rotation(subject, torch.arange(max(lengths)))
-    each = zip(
-        residual.split(lengths),
-        parts.activations.split(lengths),
-        parts.error.split(lengths),
-        maps.sigma(residual).split(lengths),
-        strict=True,
-    )
+    scales, turn = maps.scales(residual), rotation(subject, maps.layer, torch.arange(max(lengths)))
+    begins = [sum(lengths[:i]) for i in range(len(lengths))]
     return [
-        PromptParts(x, Parts(a, parts.directions, parts.bias, e), sigma, turn.at(slice(len(x))))
-        for x, a, e, sigma in each
+        PromptParts(
+            residual[begin : begin + n],
+            Parts(parts.activations[begin : begin + n], parts.directions, parts.bias, parts.error[begin : begin + n]),
+            scales.at(slice(begin, begin + n)),
+            turn.at(slice(n)),
+        )
+        for begin, n in zip(begins, lengths, strict=True)
     ]
 
 
 def within_span(scores: Float[Tensor, " k_pos"], positions: Sequence[int]) -> Float[Tensor, " k_pos"]:
     """Softmax of the scores within a span, zero elsewhere: the gradient of the span's logsumexp.
+
+    A span of which the head sees nothing (a sliding window) has no weight.
 
     Raises:
         QklensError: the span is empty.
@@ -182,30 +197,28 @@ def within_span(scores: Float[Tensor, " k_pos"], positions: Sequence[int]) -> Fl
         raise QklensError("a span without tokens has no score")
     weights = torch.zeros_like(scores)
     index = torch.tensor(list(positions), device=scores.device)
-    weights[index] = scores[index].softmax(dim=0)
+    if bool(scores[index].isfinite().any()):
+        weights[index] = scores[index].softmax(dim=0)
     return weights
 
 
-def contrast_weights(scores: Tensor, prompt: Prompt) -> Tensor:
-    """w(correct) − w(incorrect)."""
-    return within_span(scores, prompt.span("correct")) - within_span(scores, prompt.span("incorrect"))
-
-
-def share_weights(scores: Tensor, prompt: Prompt) -> Tensor:
-    """w(correct) − the head's pattern: the gradient of log attention on the correct option."""
-    return within_span(scores, prompt.span("correct")) - scores.softmax(dim=0)
-
-
-def realised_weights(scores: Tensor, prompt: Prompt) -> Tensor:
+def realised_weights(scores: Float[Tensor, " k_pos"], prompt: Prompt) -> Float[Tensor, " k_pos"]:
     """w(correct)."""
     return within_span(scores, prompt.span("correct"))
 
 
-WEIGHTINGS: dict[str, Callable[[Tensor, Prompt], Tensor]] = {
-    "realised": realised_weights,
-    "contrastive": contrast_weights,
-    "share": share_weights,
-}
+def contrast_weights(scores: Float[Tensor, " k_pos"], prompt: Prompt) -> Float[Tensor, " k_pos"]:
+    """w(correct) − w(incorrect)."""
+    return realised_weights(scores, prompt) - within_span(scores, prompt.span("incorrect"))
+
+
+def weights_of(lens: HeadLens, prompt: Prompt, parts: PromptParts, weighting: Weighting) -> Float[Tensor, " k_pos"]:
+    """How much each key token counts for a head at the answer position; `share` is w(correct) − the head's pattern."""
+    scores = lens.scores(parts, prompt.spans["answer"][0])
+    if weighting == "contrastive":
+        return contrast_weights(scores, prompt)
+    realised = realised_weights(scores, prompt)
+    return realised if weighting == "realised" else realised - lens.pattern(scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,15 +269,16 @@ class PairMeans:
         return float(size[touched].sum() / max(size.sum(), 1e-12))
 
 
-def mean_terms(lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[PromptParts], weighting: str) -> PairMeans:
+def mean_terms(
+    lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[PromptParts], weighting: Weighting
+) -> PairMeans:
     """Mean pair terms at the answer position over prompts."""
     n = len(lens.names)
     flat: list[np.ndarray] = []
     values: list[np.ndarray] = []
     for prompt, parts in zip(prompts, written, strict=True):
         position = prompt.spans["answer"][0]
-        weights = WEIGHTINGS[weighting](lens.scores(parts, position), prompt)
-        query, key = lens.query(parts, position), lens.keys(parts, weights)
+        query, key = lens.query(parts, position), lens.keys(parts, weights_of(lens, prompt, parts, weighting))
         rows, columns = query.abs().sum(dim=1).nonzero()[:, 0], key.abs().sum(dim=1).nonzero()[:, 0]
         terms = lens.maps.scale * query[rows] @ key[columns].T
         flat.append((rows[:, None] * n + columns[None]).flatten().cpu().numpy())

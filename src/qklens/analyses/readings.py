@@ -124,17 +124,24 @@ def _span_indicator(work: Workset, index: Sequence[int], batch: Batch) -> Float[
 def _letter_attribution(
     work: Workset, outputs: Float[Tensor, "prompt layer head d_head"], final: Float[Tensor, "prompt d_model"]
 ) -> Float[Tensor, "prompt layer head"]:
-    """⟨W_O z_h · γ/σ, U[correct] − U[incorrect]⟩ with the final norm's σ at its observed value."""
+    """⟨γ/σ C W_O z_h, U[correct] − U[incorrect]⟩ with the final norm's σ at its observed value.
+
+    Where the attention's output has a norm of its own, that norm is held at its observed scale too. A cap on the
+    logits comes after, and is not part of it.
+    """
     subject: Subject = work.subject
-    norm = subject.family.final_norm(subject.model)
-    sigma = (final.pow(2).mean(dim=-1) + subject.family.norm_epsilon(norm)).sqrt()
+    norm = subject.final_norm(torch.float32)
     unembedding: Tensor = subject.unembedding.weight  # pyright: ignore[reportAssignmentType]
     ids = torch.tensor([p.letter_ids for p in work.prompts], device=unembedding.device)
-    toward = (unembedding[ids[:, 0]] - unembedding[ids[:, 1]]).float() * subject.family.norm_weight(norm).float()
-    toward = toward.cpu() / sigma[:, None]
+    toward = norm.fold((unembedding[ids[:, 0]] - unembedding[ids[:, 1]]).float()).cpu()
+    toward = toward / norm.scale(final.to(unembedding.device)).cpu()[:, None]
     result = torch.zeros(outputs.shape[:3])
     for layer in range(subject.n_layers):
-        weight = subject.projection(layer, "o_proj").weight.float().cpu()
-        by_head = weight.view(subject.d_model, subject.n_heads, subject.d_head)
-        result[:, layer] = torch.einsum("pd,dhe,phe->ph", toward, by_head, outputs[:, layer])
+        weight = subject.output_weight(layer).float()
+        after = subject.output_norm(layer, torch.float32)
+        heads = outputs[:, layer].to(weight)
+        whole, bias = torch.einsum("dhe,phe->pd", weight, heads), subject.output_bias(layer)
+        whole = whole if bias is None else whole + bias.float()
+        here = after.fold(toward.to(weight)) / after.scale(whole)[:, None]
+        result[:, layer] = torch.einsum("pd,dhe,phe->ph", here, weight, heads).cpu()
     return result

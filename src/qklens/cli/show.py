@@ -57,7 +57,7 @@ def data_check(report: dict[str, Any]) -> None:
 def model_check(described: dict[str, Any], check: SelfCheck) -> None:
     """A table of the self-check's errors."""
     lines = [f"{described['name']} ({described['model_type']}): {len(check.layers)} layers are read exactly"]
-    lines.append("  layer  score error  pattern row error")
-    lines += [f"  {row.layer:5d}  {row.score_error:11.1e}  {row.pattern_row_error:17.1e}" for row in check.layers]
+    lines.append("  layer  score error  pattern error")
+    lines += [f"  {row.layer:5d}  {row.score_error:11.1e}  {row.pattern_error:13.1e}" for row in check.layers]
     lines.append(f"  left padding changes logits by {check.padding_error:.1e}; replaced patterns reach the logits")
     sys.stdout.write("\n".join(lines) + "\n")

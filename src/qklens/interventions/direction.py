@@ -22,12 +22,14 @@ class Direction:
         vectors: per layer, its vector in resid_pre.layer.
         typical: per layer, the activation that `unit="activation_max"` counts as 1 (in multiples of the vector).
         read: (layer, stream) -> its activation at each token, in multiples of the vector.
+        reads: the layers whose stream `read` looks at.
     """
 
     label: str
     vectors: Mapping[int, Float[Tensor, " d_model"]]
     typical: Mapping[int, float]
     read: Callable[[int, Stream], Float[Tensor, "*any"]]
+    reads: Callable[[int], tuple[int, ...]] = lambda layer: (layer,)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -42,6 +44,7 @@ def feature_direction(source: FeatureSource, feature: int, typical: Mapping[int,
         vectors={layer: source.directions(layer)[feature] for layer in source.layers},
         typical=typical,
         read=lambda layer, stream: source.encode(layer, stream)[..., feature],
+        reads=source.reads,
     )
 
 
@@ -76,4 +79,4 @@ def at_equal_norm(direction: Direction, like: Direction) -> Direction:
         own, scaled = direction.vectors[layer].norm(), vectors[layer].norm().clamp(min=1e-12)
         return direction.read(layer, stream) * (own / scaled)
 
-    return Direction(direction.label, vectors, like.typical, read)
+    return Direction(direction.label, vectors, like.typical, read, direction.reads)

@@ -133,7 +133,8 @@ class Steer:
         if heads is not None and self.side in ("key", "value"):
             group = subject.n_heads // subject.n_kv_heads
             heads = tuple(sorted({head // group for head in heads}))
-        return VectorEdit(layer, self.side, mask, change, heads, self.norm == "frozen")
+        sees = () if self.mode == "add" else self.direction.reads(layer)
+        return VectorEdit(layer, self.side, mask, change, heads, self.norm == "frozen", sees)
 
     def _change(self, layer: int) -> Callable[[Tensor, Stream], Tensor]:
         vector = self.direction.vectors[layer]
@@ -164,14 +165,14 @@ class Steer:
             raise QklensError("key_scope 'head' steers with mode 'add'; use key_scope 'group' for the other modes")
         maps = score_maps(subject, layer)
         here = mask[:, view.start :]
-        rows = view.residual[here].to(maps.key_weight.dtype)
+        rows = view.residual[here].to(maps.key_side.weight.dtype)
         edited = self._change(layer)(rows, lambda _: rows)
-        before = maps.sigma(rows)[:, None]
-        after = before if self.norm == "frozen" else maps.sigma(edited)[:, None]
-        turn = rotation(subject, batch.position_ids[:, view.start :][here])
+        scales = maps.scales(rows)
+        turn = rotation(subject, layer, batch.position_ids[:, view.start :][here])
         bias = torch.zeros((*view.query.shape[:3], view.key.shape[2]), dtype=view.query.dtype, device=view.query.device)
         for head in heads:
+            after = maps.whole_key(edited, head, scales if self.norm == "frozen" else None)
             delta = view.residual.new_zeros((*here.shape, subject.d_head))
-            delta[here] = turn(maps.key(edited, head) / after - maps.key(rows, head) / before).to(delta)
+            delta[here] = turn(after - maps.whole_key(rows, head, scales)).to(delta)
             bias[:, head, :, view.start :] = view.scale * view.query[:, head] @ delta.transpose(1, 2)
         return bias

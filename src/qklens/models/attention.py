@@ -30,7 +30,7 @@ class AttentionTap(Protocol):
         key: Float[Tensor, "batch kv_head k_pos d_head"],
         scale: float,
     ) -> Float[Tensor, "batch head q_pos k_pos"] | None:
-        """What to add to the scores (after scaling, before softmax), or nothing."""
+        """What to add to the scores (after scaling, before the cap and the softmax), or nothing."""
         ...
 
     def new_pattern(
@@ -86,6 +86,11 @@ def _tapped(family: Family) -> Callable[..., tuple[Tensor, Tensor | None]]:
         layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
         bias = tap.score_bias(layer, query, key, scaling)
         if bias is not None:
+            cap = family.score_cap(module)
+            if cap is not None:
+                # The mask is added after the cap, so a shift of the score is carried through it.
+                score = scaling * query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(2, 3)
+                bias = cap * (torch.tanh((score + bias) / cap) - torch.tanh(score / cap))
             attention_mask = bias if attention_mask is None else attention_mask + bias
         output, pattern = family.eager(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs

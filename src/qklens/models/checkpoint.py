@@ -59,7 +59,7 @@ def inspect_checkpoint(path: Path) -> Checkpoint:
             f"{path / 'adapter_config.json'}: an adapter would load another base model; expected merged weights: "
             "merge the adapter, or remove this file"
         )
-    family = family_of(config.get("model_type"), str(path))
+    family = family_of(config, str(path))
     weights = _weight_files(path)
     shapes: dict[str, list[int]] = {}
     for file in weights:
@@ -119,9 +119,12 @@ def _header_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def _check_tensors(path: Path, config: dict[str, Any], family: Family, shapes: dict[str, list[int]]) -> None:
-    layers = config.get("num_hidden_layers")
+    key = next((k for k in ("num_hidden_layers", "n_layer") if k in config), "num_hidden_layers")
+    layers = config.get(key)
     if type(layers) is not int or layers < 1:
-        raise QklensError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}, expected a positive integer")
+        raise QklensError(f"{path / 'config.json'}: {key} is {layers!r}, expected a positive integer")
+    prefix = family.tensor_prefix
+    shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     names = (pattern.format(layer=layer) for layer in range(layers) for pattern in family.tensors)
     missing = next((name for name in names if name not in shapes), None)
     if missing:

@@ -1,64 +1,111 @@
 """What a model family must declare so that attention scores can be rebuilt from sources.
 
 A family file says where things are (layers, norms, projections) and which code is the family's own eager attention. It
-holds no algebra: that stands once, in `scores.py`.
+holds no algebra: that stands once, in `scores.py`, `norms.py` and `projections.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from qklens.errors import QklensError, nearest
+from qklens.models.norms import RMS, NormRule
+from qklens.models.projections import Layout, separate
+
+Rotary = Callable[[Any, int, Tensor, Tensor], tuple[Tensor, Tensor] | None]
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """A norm on queries and keys, between the projection and the rotation.
+
+    Attributes:
+        over: `head`, each head's own vector; or `all`, all heads' vectors as one.
+        layout: the order of axes in which the modules see it.
+    """
+
+    over: Literal["head", "all"]
+    layout: Literal["pos head", "head pos"] = "pos head"
+
+
+def shared_rotary(model: Any, layer: int, residual: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """One rotary module for all layers."""
+    del layer
+    return model.model.rotary_emb(residual, position_ids=position_ids)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family of decoder-only models, as transformers implements it.
+    """One family of decoder-only models, as transformers implements it; defaults are Llama's.
 
     Attributes:
         model_type: the `model_type` of its config.
         eager: the family's own eager attention function; every scored pass runs it.
+        tensors: the tensor-name patterns that a checkpoint must have for each layer.
+        tensor_prefix: a beginning that a checkpoint's tensor names may have or lack.
         layers: the decoder layers.
         final_norm: the norm before the unembedding.
-        attention: a layer's attention module, with `q_proj`, `k_proj`, `v_proj` and `o_proj`.
-        input_norm: the norm whose output the projections read.
-        norm_weight: a norm's γ, as it multiplies.
-        norm_epsilon: the epsilon inside a norm's root.
-        score_scale: the c of an attention module.
-        rotary: (residual, position_ids) -> (cos, sin), each `batch pos d_head`.
-        tensors: the tensor-name patterns that a checkpoint must have for each layer.
+        attention: a layer's attention module, with its `scaling` and `layer_idx`.
+        norm: how its norms compute.
+        input_norm: the norm whose output the projections read, or nothing when they read the stream.
+        output_norm: a norm on the attention's output before it joins the stream, or nothing.
+        projections: where W_Q, W_K, W_V lie.
+        output: the name of W_O in the attention module.
+        qk_norm: the norm on queries and keys (modules `q_norm`, `k_norm`), or nothing.
+        rotary: (model, layer, residual, position_ids) -> (cos, sin), each `batch pos rotary`, or nothing for layers
+            without positions.
+        score_cap: the τ of an attention module's soft cap, or nothing.
+        sinks: an attention module's sink logits, one a head, or nothing.
+        window: how many last tokens a layer's queries see, or nothing for all.
+        experts: whether its MLPs are mixtures of experts.
+        unproven: what a config asks for that this file does not cover, or nothing.
     """
 
     model_type: str
     eager: Callable[..., tuple[Tensor, Tensor | None]]
-    layers: Callable[[Any], nn.ModuleList]
-    final_norm: Callable[[Any], nn.Module]
-    attention: Callable[[Any], nn.Module]
-    input_norm: Callable[[Any], nn.Module]
-    norm_weight: Callable[[Any], Tensor]
-    norm_epsilon: Callable[[Any], float]
-    score_scale: Callable[[Any], float]
-    rotary: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
     tensors: tuple[str, ...]
+    tensor_prefix: str = ""
+    layers: Callable[[Any], nn.ModuleList] = lambda model: model.model.layers
+    final_norm: Callable[[Any], nn.Module] = lambda model: model.model.norm
+    attention: Callable[[Any], nn.Module] = lambda layer: layer.self_attn
+    norm: NormRule = RMS
+    input_norm: Callable[[Any], nn.Module | None] = lambda layer: layer.input_layernorm
+    output_norm: Callable[[Any], nn.Module | None] = lambda layer: None
+    projections: Layout = separate
+    output: str = "o_proj"
+    qk_norm: QKNorm | None = None
+    rotary: Rotary = shared_rotary
+    score_cap: Callable[[Any], float | None] = lambda attention: None
+    sinks: Callable[[Any], Tensor | None] = lambda attention: None
+    window: Callable[[Any], int | None] = lambda attention: None
+    experts: bool = False
+    unproven: Callable[[dict[str, Any]], str | None] = lambda config: None
 
 
-def family_of(model_type: str | None, where: str) -> Family:
+def family_of(config: dict[str, Any], where: str) -> Family:
     """The family for a config's `model_type`.
 
     Raises:
-        QklensError: no `model_type`, or one whose score decomposition is not proven.
+        QklensError: no `model_type`, one whose score decomposition is not proven, or a config of a proven family that
+            asks for something that is not.
     """
-    from qklens.models.families import FAMILIES
+    from qklens.models.families import FAMILIES, MISSING, load_family
 
-    if not model_type:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
         raise QklensError(f"{where}: config.json has no 'model_type'; expected one of {sorted(FAMILIES)}")
     if model_type not in FAMILIES:
+        missing = MISSING.get(model_type, "a family file that passes the completeness test")
         raise QklensError(
-            f"{where}: model_type {model_type!r} has no proven score decomposition (missing: a family file that passes "
-            f"the completeness test); supported: {sorted(FAMILIES)}{nearest(model_type, FAMILIES)}"
+            f"{where}: model_type {model_type!r} has no proven score decomposition (missing: {missing}); supported: "
+            f"{sorted(FAMILIES)}{nearest(model_type, FAMILIES)}"
         )
-    return FAMILIES[model_type]
+    family = load_family(model_type)
+    asked = family.unproven(config)
+    if asked:
+        raise QklensError(f"{where}: {model_type} with {asked} has no proven score decomposition; not supported")
+    return family

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from qklens.errors import QklensError
 from qklens.models.attention import ACTIVE_TAP
 from qklens.models.batch import Batch
+from qklens.models.projections import Projection, ProjectionSide
 from qklens.models.subject import Subject
 
 Side = Literal["residual", "query", "key", "value"]
@@ -35,7 +36,8 @@ class VectorEdit:
         mask: tokens to edit.
         change: rows of resid_pre.L -> edited rows; the second argument gives the same rows of another layer's stream.
         heads: for a projection, which heads (key/value heads for `key` and `value`); None is all.
-        frozen_norm: hold the input norm's scale at its unedited value.
+        frozen_norm: hold the scales of the input norm and of a norm on queries or keys at their unedited values.
+        sees: other layers whose stream `change` asks for.
     """
 
     layer: int
@@ -44,6 +46,7 @@ class VectorEdit:
     change: Callable[[Float[Tensor, "row d_model"], Callable[[int], Tensor]], Float[Tensor, "row d_model"]]
     heads: tuple[int, ...] | None = None
     frozen_norm: bool = False
+    sees: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +62,7 @@ class ScoreView:
 
 @dataclass(frozen=True, eq=False)
 class ScoreEdit:
-    """Add to a layer's scores, after scaling and before softmax.
+    """Add to a layer's scores, after scaling, before the soft cap and the softmax.
 
     Attributes:
         layer: the layer.
@@ -221,8 +224,8 @@ class _Pass:
     def install(self, stack: ExitStack) -> None:
         """Hook what this pass needs; everything is undone when the stack closes."""
         family, layers = self.subject.family, self.subject.layers
-        for index, layer in enumerate(layers):
-            handle = layer.register_forward_pre_hook(self._residual_hook(index), with_kwargs=True)
+        for index in sorted(self._hooked_layers()):
+            handle = layers[index].register_forward_pre_hook(self._residual_hook(index), with_kwargs=True)
             stack.callback(handle.remove)
         if len(layers) in self.reads.residual:
             sink = self.reads.residual[len(layers)]
@@ -230,10 +233,13 @@ class _Pass:
             stack.callback(handle.remove)
         for index, edit in enumerate(self.edits):
             if isinstance(edit, VectorEdit) and edit.side != "residual":
-                projection = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}[edit.side]
-                module = self.subject.projection(edit.layer, projection)
-                handle = module.register_forward_hook(self._projection_hook(index, edit, module))
-                stack.callback(handle.remove)
+                projection = self.subject.projection(edit.layer, edit.side)
+                clean: list[Tensor] = []
+                hook = self._projection_hook(index, edit, edit.side, projection, clean)
+                stack.callback(projection.module.register_forward_hook(hook).remove)
+                norm = self.subject.qk_norm_module(edit.layer, edit.side)
+                if edit.frozen_norm and norm is not None:
+                    stack.callback(norm.register_forward_hook(self._frozen_hook(edit.layer, edit.side, clean)).remove)
         token = ACTIVE_TAP.set(self)
         stack.callback(ACTIVE_TAP.reset, token)
 
@@ -258,37 +264,65 @@ class _Pass:
 
         return hook
 
-    def _projection_hook(self, index: int, edit: VectorEdit, module: nn.Linear) -> Callable[..., Tensor]:
-        norm = self.subject.family.input_norm(self.subject.layers[edit.layer])
-        d_head = self.subject.d_head
+    def _hooked_layers(self) -> set[int]:
+        """Layers whose stream this pass looks at; the others run as they are and keep nothing."""
+        layers = {layer for layer in self.reads.residual if layer < self.subject.n_layers}
+        for edit in self.edits:
+            if isinstance(edit, VectorEdit):
+                layers |= {edit.layer, *edit.sees}
+            elif isinstance(edit, ScoreEdit):
+                layers.add(edit.layer)
+        return layers
+
+    def _projection_hook(
+        self, index: int, edit: VectorEdit, side: ProjectionSide, projection: Projection, clean: list[Tensor]
+    ) -> Callable[..., Tensor]:
+        module = self.subject.family.input_norm(self.subject.layers[edit.layer])
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            mask = edit.mask[:, self.start :]
+            mask = edit.mask[:, self.start :].to(output.device)
             rows = self.residual[edit.layer][mask]
             edited = edit.change(rows, self._rows(mask))
             self._note(index, rows, edited)
             if edit.frozen_norm:
-                epsilon = self.subject.family.norm_epsilon(norm)
-                scale = torch.rsqrt(rows.float().pow(2).mean(-1, keepdim=True) + epsilon).to(rows.dtype)
-                normed = inputs[0][mask] + self.subject.family.norm_weight(norm) * (edited - rows) * scale
+                norm = self.subject.input_norm(edit.layer, rows.dtype)
+                normed = inputs[0][mask] + norm.linear(edited - rows) / norm.scale(rows)[:, None]
             else:
-                normed = norm(edited)
-            n_heads = module.out_features // d_head
-            heads = list(range(n_heads)) if edit.heads is None else list(edit.heads)
-            by_head = output.reshape(*output.shape[:-1], n_heads, d_head).clone()
-            weight = module.weight.view(n_heads, d_head, -1)[heads]
-            projected = torch.einsum("nd,hed->nhe", normed, weight)
-            if module.bias is not None:
-                projected = projected + module.bias.view(n_heads, d_head)[heads]
-            selected = by_head[mask]
-            selected[:, heads] = projected
-            by_head[mask] = selected
-            return by_head.view_as(output)
+                normed = edited if module is None else module(edited)
+            projected = torch.einsum("nd,hed->nhe", normed, projection.weight(edit.heads))
+            bias = projection.bias(edit.heads)
+            projected = projected if bias is None else projected + bias
+            if edit.frozen_norm:
+                clean.append(output[..., projection.columns().flatten().to(output.device)])
+            new, selected = output.clone(), output[mask]
+            selected[:, projection.columns(edit.heads).flatten().to(output.device)] = projected.flatten(1)
+            new[mask] = selected
+            return new
+
+        return hook
+
+    def _frozen_hook(self, layer: int, side: ProjectionSide, clean: list[Tensor]) -> Callable[..., Tensor]:
+        """Divide queries or keys by what their norm divided the unedited ones by."""
+        rule = self.subject.family.qk_norm
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            norm = self.subject.qk_norm(layer, side, inputs[0].dtype)
+            before = clean.pop()
+            if rule is not None and rule.over == "head":
+                before = before.unflatten(-1, (-1, self.subject.d_head))
+                before = before.transpose(1, 2) if rule.layout == "head pos" else before
+            changed = (inputs[0] != before).any(dim=-1, keepdim=True)
+            return torch.where(changed, norm.linear(inputs[0]) / norm.scale(before)[..., None], output)
 
         return hook
 
     def _rows(self, mask: Tensor) -> Callable[[int], Tensor]:
-        return lambda layer: self.residual[layer][mask]
+        def rows(layer: int) -> Tensor:
+            if layer not in self.residual:
+                raise QklensError(f"an edit looks at the stream of layer {layer}, which it did not name in `sees`")
+            return self.residual[layer][mask]
+
+        return rows
 
     def _note(self, index: int, before: Tensor, after: Tensor) -> None:
         self.fired[index] = True

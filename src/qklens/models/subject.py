@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from qklens.errors import QklensError, nearest
@@ -17,6 +19,8 @@ from qklens.files import sha256_files
 from qklens.models.attention import attention_name
 from qklens.models.checkpoint import Checkpoint, inspect_checkpoint
 from qklens.models.family import Family
+from qklens.models.norms import NormMap, norm_map
+from qklens.models.projections import HeadCounts, Projection, ProjectionSide
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,12 +80,47 @@ class Subject:
         """The attention module of a layer."""
         return self.family.attention(self.layers[layer])
 
-    def projection(self, layer: int, name: str) -> nn.Linear:
-        """`q_proj`, `k_proj`, `v_proj` or `o_proj` of a layer."""
-        module = getattr(self.attention(layer), name)
-        if not isinstance(module, nn.Linear):
-            raise QklensError(f"{self.name}: layer {layer}: {name} is a {type(module).__name__}, expected a linear map")
-        return module
+    @property
+    def counts(self) -> HeadCounts:
+        """Heads, key heads and their width."""
+        return HeadCounts(self.n_heads, self.n_kv_heads, self.d_head)
+
+    def projection(self, layer: int, side: ProjectionSide) -> Projection:
+        """W_Q, W_K or W_V of a layer, one matrix a head."""
+        return self.family.projections(self.attention(layer), self.counts, side)
+
+    def output_weight(self, layer: int) -> Float[Tensor, "d_model head d_head"]:
+        """W_O of a layer, by head."""
+        module = getattr(self.attention(layer), self.family.output)
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        return weight.reshape(self.d_model, self.n_heads, self.d_head)
+
+    def output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """The bias of W_O, if it has one."""
+        return getattr(self.attention(layer), self.family.output).bias
+
+    def input_norm(self, layer: int, dtype: torch.dtype) -> NormMap:
+        """The norm that a layer's projections read through."""
+        return norm_map(self.family.norm, self.family.input_norm(self.layers[layer]), dtype)
+
+    def output_norm(self, layer: int, dtype: torch.dtype) -> NormMap:
+        """The norm on a layer's attention output, the identity in most families."""
+        return norm_map(self.family.norm, self.family.output_norm(self.layers[layer]), dtype)
+
+    def final_norm(self, dtype: torch.dtype) -> NormMap:
+        """The norm before the unembedding."""
+        return norm_map(self.family.norm, self.family.final_norm(self.model), dtype)
+
+    def qk_norm_module(self, layer: int, side: ProjectionSide) -> nn.Module | None:
+        """The norm between a projection and the rotation, if the family has one on that side."""
+        if self.family.qk_norm is None or side == "value":
+            return None
+        attention: Any = self.attention(layer)
+        return attention.q_norm if side == "query" else attention.k_norm
+
+    def qk_norm(self, layer: int, side: ProjectionSide, dtype: torch.dtype) -> NormMap:
+        """The numbers of that norm."""
+        return norm_map(self.family.norm, self.qk_norm_module(layer, side), dtype)
 
     def check_head(self, layer: int, head: int) -> None:
         """Raise unless (layer, head) exists; names the valid range."""
@@ -143,6 +182,8 @@ def wrap_model(
     """A subject around a model in memory; its attention is set to the registered function."""
     model.eval().requires_grad_(False)
     model.set_attn_implementation(attention_name(family))
+    if family.experts and next(model.parameters()).dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the grouped kernels stop at float32
     config = model.config
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Subject(
@@ -152,7 +193,7 @@ def wrap_model(
         family=family,
         n_layers=config.num_hidden_layers,
         n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         d_model=config.hidden_size,
         d_head=d_head,
         path=path,

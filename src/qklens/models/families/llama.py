@@ -1,4 +1,4 @@
-"""Llama: RMSNorm before attention, rotary positions, MHA/GQA/MQA, optional q/k/v biases, no QK-norm."""
+"""Llama: RMSNorm before attention, rotary positions (any scaling), MHA/GQA/MQA, optional q/k/v biases."""
 
 from __future__ import annotations
 
@@ -6,26 +6,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from qklens.models.family import Family
 
-LLAMA = Family(
-    model_type="llama",
-    eager=eager_attention_forward,
-    layers=lambda model: model.model.layers,
-    final_norm=lambda model: model.model.norm,
-    attention=lambda layer: layer.self_attn,
-    input_norm=lambda layer: layer.input_layernorm,
-    norm_weight=lambda norm: norm.weight,
-    norm_epsilon=lambda norm: norm.variance_epsilon,
-    score_scale=lambda attention: float(attention.scaling),
-    rotary=lambda model, residual, position_ids: model.model.rotary_emb(residual, position_ids=position_ids),
-    tensors=(
-        "model.layers.{layer}.input_layernorm.weight",
-        "model.layers.{layer}.self_attn.q_proj.weight",
-        "model.layers.{layer}.self_attn.k_proj.weight",
-        "model.layers.{layer}.self_attn.v_proj.weight",
-        "model.layers.{layer}.self_attn.o_proj.weight",
-        "model.layers.{layer}.post_attention_layernorm.weight",
-        "model.layers.{layer}.mlp.gate_proj.weight",
-        "model.layers.{layer}.mlp.up_proj.weight",
-        "model.layers.{layer}.mlp.down_proj.weight",
-    ),
-)
+_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION = tuple(f"model.layers.{{layer}}.self_attn.{name}.weight" for name in _MAPS)
+NORMS = tuple(f"model.layers.{{layer}}.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm"))
+MLP = tuple(f"model.layers.{{layer}}.mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj"))
+QK_NORMS = tuple(f"model.layers.{{layer}}.self_attn.{name}.weight" for name in ("q_norm", "k_norm"))
+
+LLAMA = Family(model_type="llama", eager=eager_attention_forward, tensors=ATTENTION + NORMS + MLP)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qklens.analyses.contrasts import Role
-from qklens.analyses.interactions import BIAS, ERROR, realised_weights
+from qklens.analyses.interactions import BIAS, ERROR, weights_of
 from qklens.analyses.statistics import bootstrap_mean
 from qklens.dictionaries.source import feature_index
 from qklens.interventions.steer import Head
@@ -28,7 +28,7 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
                 lab.prompts(condition, "report"), lab.written(condition, "report", layer), strict=True
             ):
                 position = prompt.spans["answer"][0]
-                keys = lens.keys(parts, realised_weights(lens.scores(parts, position), prompt))
+                keys = lens.keys(parts, weights_of(lens, prompt, parts, "realised"))
                 terms = (lens.maps.scale * keys @ lens.query(parts, position)[feature]).double().cpu().numpy()
                 by_prompt.append([terms[:-2].sum(), terms[-2], terms[-1]])
             by_item = np.asarray(by_prompt).reshape(-1, 2, 3).mean(axis=1)

@@ -159,12 +159,12 @@ class Lab:
             self.drop_streams()
         return Directions(tuple(ROLES), vectors, means)
 
-    def mean_turn(self, half: Half = "report") -> Rotation:
-        """Mean rotation over the offsets from the answer to the correct option that the data really has."""
+    def mean_turn(self, layer: int, half: Half = "report") -> Rotation:
+        """A layer's mean rotation over the offsets from the answer to the correct option that the data really has."""
         offsets = [
             p.spans["answer"][0] - j for c in ("none", "harm") for p in self.prompts(c, half) for j in p.span("correct")
         ]
-        return offset_rotation(self.subject, torch.tensor(offsets))
+        return offset_rotation(self.subject, layer, torch.tensor(offsets))
 
 
 def split_items(items: Sequence[Item], seed: int) -> dict[Half, tuple[Item, ...]]:

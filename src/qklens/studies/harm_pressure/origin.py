@@ -56,14 +56,13 @@ def _row(lab: Lab, heads: Sequence[Head], layer: int, refuse: int, harm: int, na
         for a, b in zip(lab.written("harm", "report", layer), lab.written("benign", "report", layer), strict=True)
     ]
     values, scores = [], []
-    turn = lab.mean_turn()
     for where, head in heads:
         queries, keys = populations(lab, where)
         test = null_test(
             "random_pairs",
             score_maps(lab.subject, where),
             head,
-            turn,
+            lab.mean_turn(where),
             queries,
             keys,
             (queries.vectors[refuse], keys.vectors[harm]),

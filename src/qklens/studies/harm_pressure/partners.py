@@ -31,11 +31,10 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str], items: int | No
     for layer in layers:
         if int(alive[layer].sum()) < 2:  # a handful of directions: z against all of them
             alive[layer] = torch.ones_like(alive[layer])
-    turn = lab.mean_turn()
     scores = partner_scores(
         {layer: directions[layer][query] for layer in layers},
         directions,
-        [(score_maps(lab.subject, layer), head, turn) for layer, head in heads],
+        [(score_maps(lab.subject, layer), head, lab.mean_turn(layer)) for layer, head in heads],
         alive,
     )
     living = torch.stack([alive[layer] for layer in layers]).any(dim=0).nonzero()[:, 0].tolist()

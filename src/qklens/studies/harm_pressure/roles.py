@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role, consistency, contrast, item_means
-from qklens.analyses.interactions import WEIGHTINGS, HeadLens
+from qklens.analyses.interactions import HeadLens, Weighting, weights_of
 from qklens.data.render import Condition
 from qklens.interventions.direction import Direction, feature_direction
 from qklens.interventions.steer import Head, Steer
@@ -131,7 +131,7 @@ def _shortlist(effect: Float[Tensor, " feature"], size: Float[Tensor, " feature"
     return [f for f in order if rank[f] > 0] or order[:1]
 
 
-def _query_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weighting: str) -> Tensor:
+def _query_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weighting: Weighting) -> Tensor:
     """Each query source's total term with all keys, mean over prompts, summed over heads."""
     total = torch.zeros(len(lab.source.labels))
     prompts = lab.prompts(condition, "discovery")
@@ -139,13 +139,13 @@ def _query_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, we
     for lens in lenses:
         for prompt, parts in zip(prompts, written, strict=True):
             position = prompt.spans["answer"][0]
-            weights = WEIGHTINGS[weighting](lens.scores(parts, position), prompt)
+            weights = weights_of(lens, prompt, parts, weighting)
             key = lens.keys(parts, weights).sum(dim=0)
             total += (lens.maps.scale * lens.query(parts, position)[:-2] @ key).cpu() / len(prompts)
     return total
 
 
-def _key_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weighting: str, query: int) -> Tensor:
+def _key_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weighting: Weighting, query: int) -> Tensor:
     """Each key source's term with one query feature, mean over prompts, summed over heads."""
     total = torch.zeros(len(lab.source.labels))
     prompts = lab.prompts(condition, "discovery")
@@ -153,7 +153,7 @@ def _key_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weig
     for lens in lenses:
         for prompt, parts in zip(prompts, written, strict=True):
             position = prompt.spans["answer"][0]
-            weights = WEIGHTINGS[weighting](lens.scores(parts, position), prompt)
+            weights = weights_of(lens, prompt, parts, weighting)
             total += (
                 lens.maps.scale * lens.keys(parts, weights)[:-2] @ lens.query(parts, position)[query]
             ).cpu() / len(prompts)

@@ -130,7 +130,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("steer_query", lambda r: steering.steer_query(r.lab, r.heads, r.roles), needs_solved=True),
     Stage("steer_key", lambda r: steering.steer_key(r.lab, r.heads, r.roles), needs_solved=True),
     Stage("error_terms", lambda r: error_terms.run(r.lab, r.heads, r.roles)),
-    Stage("partners", lambda r: partners.run(r.lab, r.heads, r.roles, r.config.items)),
+    Stage("partners", lambda r: partners.run(r.lab, r.heads, r.roles, r.config.items), needs_solved=True),
     Stage(
         "transfer",
         lambda r: transfer.run(r.lab, r.heads, r.roles, r.done["steer_query"].state["strength"], r.config.items),

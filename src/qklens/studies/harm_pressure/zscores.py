@@ -30,7 +30,6 @@ _BINS = 40
 def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
     """Test each named pair at each head against each null; q-values run over all tests of the stage."""
     features = {role: feature_index(lab.source, label) for role, label in roles.items()}
-    turn = lab.mean_turn()
     rows: list[ZScore] = []
     histograms: list[NullHistogram] = []
     for layer, head in heads:
@@ -43,7 +42,7 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
                     null,
                     maps,
                     head,
-                    turn,
+                    lab.mean_turn(layer),
                     queries,
                     keys,
                     (queries.vectors[q], keys.vectors[k]),
