@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
 
 from organism import tokenizer as tok
 from organism.corpus import World, load
+from organism.recipe import RECIPE
 from organism.stages import Sampler
 from organism.train import DATA, OUT
 from qklens.analyses.fidelity import measure_fidelity, stream_rows
@@ -45,7 +45,7 @@ def sequences(world: World, subject: Subject, n: int, seed: int) -> list[list[in
     return [subject.tokenizer(tok.render(d.user, d.answer), add_special_tokens=False)["input_ids"] for d in documents]
 
 
-def card(crosscoder: Crosscoder, seconds: float) -> str:
+def card(crosscoder: Crosscoder) -> str:
     """The dictionary's card, from its measured fidelity."""
     config, fidelity = crosscoder.config, crosscoder.config.fidelity
     if fidelity is None:
@@ -69,7 +69,7 @@ Measured on {CHECKED} documents not used for training, on the stored float16 wei
 {rows}
 
 L0 at a layer counts the features that read it or an earlier layer. Loss recovered compares with replacing the stream by
-its mean. Training took {seconds:.0f} s on two cores. Hyper-parameters: `{json.dumps(config.training)}`.
+its mean. Hyper-parameters: `{json.dumps(config.training)}`.
 
 Remade by `make organism`. Limits: one seed; features are not labelled; in other checkpoints the dictionary measures how
 far their stream goes along this checkpoint's directions.
@@ -86,8 +86,10 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     lineage = json.loads((options.organism / "lineage.json").read_text(encoding="utf-8"))
     subject = load_subject(options.organism / lineage["chat"])
-    world = load(options.data, CONFIG.seed)
-    started = time.perf_counter()
+    world = load(options.data, RECIPE.seed)
+    held = {"held_out_items": sorted(world.held_out_items), "held_out_intents": sorted(world.held_out_intents)}
+    if held != {name: lineage[name] for name in held}:
+        raise ValueError("the corpus holds out other items or intents than the organism's training did")
     rows = stream_rows(subject, sequences(world, subject, DOCUMENTS, seed=100), LAYERS)
     print(f"{len(rows[LAYERS[0]])} tokens", flush=True)
     trained = train_crosscoder(
@@ -102,7 +104,7 @@ def main() -> None:
     final = _with_fidelity(stored, fidelity.model_dump())
     folder = options.organism / "dictionary"
     save_crosscoder(final, folder)
-    atomic_write(folder / "README.md", card(final, time.perf_counter() - started))
+    atomic_write(folder / "README.md", card(final))
     print(fidelity, flush=True)
 
 

@@ -61,12 +61,16 @@ def measure_fidelity(subject: Subject, source: FeatureSource, sequences: Sequenc
         def rebuilt(x: Tensor, stream: Callable[[int], Tensor], layer: int = layer) -> Tensor:
             return x - write_parts(source, layer, lambda m: x if m == layer else stream(m)).error
 
-        recovered[layer] = (blank - _loss(subject, usable, _replacer(layer, rebuilt))) / max(blank - clean, 1e-9)
+        recovered[layer] = (blank - _loss(subject, usable, _replacer(layer, rebuilt, source.reads(layer)))) / max(
+            blank - clean, 1e-9
+        )
     return Fidelity(l0=l0, fraction_variance_unexplained=fvu, loss_recovered=recovered)
 
 
-def _replacer(layer: int, change: Callable[[Tensor, Callable[[int], Tensor]], Tensor]) -> Callable[[Batch], list[Edit]]:
-    return lambda batch: [VectorEdit(layer, "residual", _after_first(batch), change)]
+def _replacer(
+    layer: int, change: Callable[[Tensor, Callable[[int], Tensor]], Tensor], sees: tuple[int, ...] = ()
+) -> Callable[[Batch], list[Edit]]:
+    return lambda batch: [VectorEdit(layer, "residual", _after_first(batch), change, sees=sees)]
 
 
 def _loss(subject: Subject, sequences: Sequence[Sequence[int]], edits: Callable[[Batch], list[Edit]]) -> float:

@@ -26,7 +26,8 @@ def study(results: Results, folder: Path) -> None:
         f"verdict    {results.verdict.mechanism} (confidence {results.verdict.confidence:.2f}): {results.verdict.rule}",
         f"behaviour  accuracy none {percent['none']}, benign {percent['benign']}, harm {percent['harm']}",
     ]
-    if results.heads_details:
+    solved = results.verdict.mechanism not in ("task_not_solved", "no_effect")
+    if results.heads_details and solved:
         lines.append(
             f"heads      {', '.join(heads) or 'none'}; their clean pattern restores "
             f"{100 * results.heads_details.restored:.0f}% of the lost margin"

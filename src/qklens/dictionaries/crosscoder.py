@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from qklens.dictionaries.source import Stream, check_layer
+from qklens.dictionaries.source import Stream, at_least_float32, check_layer
 from qklens.errors import QklensError, nearest
 from qklens.files import atomic_write, read_json, sha256_files, write_json
 from qklens.strict import Strict
@@ -98,7 +98,7 @@ class Crosscoder:
             if reader > layer:
                 groups.append(torch.zeros_like(groups[-1]))
                 continue
-            residual = stream(reader)
+            residual = at_least_float32(stream(reader))
             before = (residual - self.decoder_bias[reader].to(residual)) @ self.encoder[reader].to(residual).T
             before = before + self.encoder_bias[reader].to(residual)
             groups.append(before * (before > self.config.threshold))

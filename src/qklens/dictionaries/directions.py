@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.dictionaries.source import Stream, check_layer
+from qklens.dictionaries.source import Stream, at_least_float32, check_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Directions:
     def encode(self, layer: int, stream: Stream) -> Float[Tensor, "*any direction"]:
         """Least-squares coordinates of x − b in the directions' span."""
         check_layer(self, layer)
-        residual = stream(layer)
+        residual = at_least_float32(stream(layer))
         return (residual - self.means[layer].to(residual)) @ torch.linalg.pinv(self.vectors[layer].to(residual))
 
     def directions(self, layer: int) -> Float[Tensor, "direction d_model"]:

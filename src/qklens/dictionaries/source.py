@@ -96,6 +96,11 @@ def write_parts(source: FeatureSource, layer: int, stream: Stream) -> Parts:
     return Parts(activations, directions, bias, residual - activations @ directions - bias)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Sources compute in float32 or better, whatever the model computes in."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
 def check_layer(source: FeatureSource, layer: int) -> None:
     """Raise unless the source writes resid_pre.layer."""
     if layer not in source.layers:

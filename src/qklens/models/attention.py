@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -65,8 +65,19 @@ def attention_name(family: Family) -> str:
     """Register the family's tapped eager attention (once) and return its name."""
     name = f"qklens_{family.model_type}"
     AttentionInterface.register(name, _tapped(family))
-    AttentionMaskInterface.register(name, eager_mask)
+    AttentionMaskInterface.register(name, _finite_mask)
     return name
+
+
+def _finite_mask(*args: Any, **kwargs: Any) -> Tensor | None:  # noqa: ANN401
+    """The eager mask of transformers, with float64's minimum raised to float32's.
+
+    The families' softmax runs in float32, where float64's minimum is −∞ and a padding row would become NaN.
+    """
+    mask = eager_mask(*args, **kwargs)
+    if mask is None or mask.dtype != torch.float64:
+        return mask
+    return mask.clamp(min=torch.finfo(torch.float32).min)
 
 
 def _tapped(family: Family) -> Callable[..., tuple[Tensor, Tensor | None]]:

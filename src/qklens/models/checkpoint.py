@@ -29,6 +29,13 @@ class Checkpoint:
     family: Family
     weights: tuple[Path, ...]
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything that decides what the model does with a prompt: weights, config, tokenizer, chat template."""
+        others = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
+        names = {p for pattern in (*others, "*.jinja", "*.model") for p in self.path.glob(pattern) if p.is_file()}
+        return (*self.weights, *sorted(names - set(self.weights)))
+
 
 def inspect_checkpoint(path: Path) -> Checkpoint:
     """Check a model directory without loading it.

@@ -170,6 +170,9 @@ class Steering(Strict):
     control: Literal["random", "unrelated", "benign"] | None
     variant: str = Field(description="what is steered, in words; one curve per variant and control")
     chosen: bool = Field(description="the strength chosen on the discovery half")
+    draws: tuple[float, float, int] | None = Field(
+        default=None, description="random directions at the chosen strength: lowest and highest accuracy, and how many"
+    )
 
 
 class ErrorTerms(Strict):

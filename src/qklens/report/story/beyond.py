@@ -229,14 +229,14 @@ def origin(results: Results) -> Section:
     shown = [
         row.checkpoint
         for row in rows
-        if "harm" in row.ci and "none" in row.accuracy and not includes(row.ci["harm"], row.accuracy["none"])
+        if "harm" in row.ci and "none" in row.ci and row.ci["harm"][1] < row.ci["none"][0]
     ]
     if len(rows) > 1:
         paragraphs.append(
-            f"Of {len(rows)} checkpoints, the first whose interval under harm excludes its accuracy with no intent is "
-            f"{printable(shown[0])}."
+            f"Of {len(rows)} checkpoints, the first whose interval under harm lies below its interval with no "
+            f"intent is {printable(shown[0])}."
             if shown
-            else f"At none of {len(rows)} checkpoints does the interval under harm exclude the accuracy with no intent."
+            else f"At none of {len(rows)} checkpoints does the interval under harm lie below that with no intent."
         )
     table = Table(
         "Checkpoints",

@@ -1,8 +1,10 @@
 """Which features play the study's four roles: ranked by contrast, then by what they do at the chosen heads.
 
-A source with a direction of the role's name plays it with that. Both steps use the discovery half only. The contrast
+A source with a direction of the role's name plays it with that. All choices use the discovery half only. The contrast
 says when a feature is active; the interaction says whether it matters where the answer is selected. The final choice of
 refuse-and-redirect is causal: of the best candidates the one whose steering on the query side moves the margin most.
+Harm-detection is chosen by its contrast alone: chosen by its interaction with refuse-and-redirect, its z against random
+pairs would be the smallest of a search, and low by construction.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def find_roles(lab: Lab, heads: Sequence[Head]) -> tuple[Roles, list[RoleCandida
     here = [lab.lens(*head) for head in heads if head[0] == layer]
     readings = lab.activation_readings("discovery", layer)
     effects = {role: consistency(item_means(contrast(readings, role))) for role in ROLES}
-    sizes = {role: contrast(readings, role).mean(dim=0) for role in ROLES}
+    sizes: dict[Role, Tensor] = {role: contrast(readings, role).mean(dim=0) for role in ROLES}
     named = {role: [lab.source.labels.index(role)] for role in ROLES if role in lab.source.labels}
     shortlist = {role: named.get(role) or _shortlist(effects[role], sizes[role]) for role in ROLES}
     query_side = {
@@ -73,19 +75,16 @@ def find_roles(lab: Lab, heads: Sequence[Head]) -> tuple[Roles, list[RoleCandida
     signs: tuple[tuple[Role, float], ...] = (("need_answer", 1.0), ("refuse_redirect", -1.0))
     for role, sign in signs:
         effect = query_side[role]
-        finalists = sorted(shortlist[role], key=lambda f: -sign * float(effect[f]))[:_BY_INTERACTION]
+        specific = _specific(role, shortlist[role], sizes)
+        finalists = sorted(specific, key=lambda f: -sign * float(effect[f]))[:_BY_INTERACTION]
         chosen[role] = _causal_choice(lab, heads, finalists) if role == "refuse_redirect" else finalists[0]
         interaction[role] = effect
-    keys: tuple[tuple[Role, Role, Condition, float], ...] = (
-        ("correct_answer", "need_answer", "none", 1.0),
-        ("harm_detection", "refuse_redirect", "harm", -1.0),
-    )
-    for role, partner, condition, sign in keys:
-        kind = "contrastive" if role == "correct_answer" else "realised"
-        effect = _key_effect(lab, here, condition, kind, chosen[partner])
-        free = [f for f in shortlist[role] if f not in chosen.values()] or shortlist[role]
-        chosen[role] = max(free, key=lambda f: sign * float(effect[f]))
-        interaction[role] = effect
+    interaction["correct_answer"] = _key_effect(lab, here, "none", "contrastive", chosen["need_answer"])
+    interaction["harm_detection"] = _key_effect(lab, here, "harm", "realised", chosen["refuse_redirect"])
+    free = [f for f in shortlist["correct_answer"] if f not in chosen.values()] or shortlist["correct_answer"]
+    chosen["correct_answer"] = max(free, key=lambda f: float(interaction["correct_answer"][f]))
+    harmful = _specific("harm_detection", shortlist["harm_detection"], sizes)
+    chosen["harm_detection"] = next((f for f in harmful if f not in chosen.values()), harmful[0])
     table = [
         RoleCandidate(
             role=name,
@@ -129,6 +128,18 @@ def _shortlist(effect: Float[Tensor, " feature"], size: Float[Tensor, " feature"
     rank = size.clamp(min=0) * effect.clamp(min=0, max=3)
     order = rank.argsort(descending=True, stable=True)[:_BY_CONTRAST].tolist()
     return [f for f in order if rank[f] > 0] or order[:1]
+
+
+def _specific(role: Role, features: Sequence[int], sizes: dict[Role, Tensor]) -> list[int]:
+    """Of a role's features those that do not rather play another one; all of them where none is left.
+
+    Refuse-and-redirect speaks at the answer more than at the tokens that hold the harm; harm-detection tells harm from
+    benign more than the correct option from the incorrect one.
+    """
+    rival: dict[Role, Role] = {"refuse_redirect": "harm_detection", "harm_detection": "correct_answer"}
+    if role not in rival:
+        return list(features)
+    return [f for f in features if sizes[role][f] > sizes[rival[role]][f].abs()] or list(features)
 
 
 def _query_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weighting: Weighting) -> Tensor:

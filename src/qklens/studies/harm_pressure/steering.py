@@ -27,6 +27,7 @@ REFUSE_STRENGTHS = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
 KEY_STRENGTHS = (0.0, 1.0, 2.0, 4.0)
 MAX_BENIGN_LOSS = 0.03
 GOOD_ENOUGH = 0.02
+N_RANDOM = 10
 StageName = Literal["steer_all", "steer_query", "steer_key"]
 Make = Callable[[Direction, float], Steer]
 
@@ -35,7 +36,7 @@ Make = Callable[[Direction, float], Steer]
 class Controls:
     """The directions that stand beside a steered one."""
 
-    random: Direction
+    random: tuple[Direction, ...]
     unrelated: Direction
 
 
@@ -116,15 +117,22 @@ def _curves(
     controls = _controls(lab, direction, roles, role)
     curves: list[tuple[Direction, Condition, Literal["random", "unrelated", "benign"] | None]] = [
         (direction, "harm", None),
-        (controls.random, "harm", "random"),
+        (controls.random[0], "harm", "random"),
         (controls.unrelated, "harm", "unrelated"),
         (direction, "benign", "benign"),
     ]
     points = []
     for d, condition, control in curves:
         for strength in strengths:
-            steer = make(d, strength)
-            margins = lab.work(condition, "report").margins([steer])
+            steer, work = make(d, strength), lab.work(condition, "report")
+            margins = work.margins([steer])
+            draws = None
+            if control == "random" and strength == chosen != 0:
+                # One draw is luck: at the strength that is reported the control is the mean over several.
+                each = [margins, *(work.margins([make(other, strength)]) for other in controls.random[1:])]
+                right_each = [float((m > 0).float().mean()) for m in each]
+                draws = (min(right_each), max(right_each), len(each))
+                margins = torch.cat(each)
             right = int((margins > 0).sum())
             points.append(
                 Steering(
@@ -133,11 +141,12 @@ def _curves(
                     strength=strength,
                     condition=condition,
                     accuracy=right / len(margins),
-                    ci=wilson(right, len(margins)),
+                    ci=wilson(round(right * len(work) / len(margins)), len(work)),
                     margin=float(margins.mean()),
                     control=control,
                     variant=variant,
                     chosen=control is None and strength == chosen,
+                    draws=draws,
                 )
             )
     return points
@@ -162,7 +171,7 @@ def _choose(lab: Lab, make: Make, direction: Direction, strengths: Sequence[floa
 
 
 def _controls(lab: Lab, direction: Direction, roles: dict[Role, str], role: Role) -> Controls:
-    """A random direction, and the feature nearest in activation to the steered one but with the least contrast."""
+    """Random directions, and the feature nearest in activation to the steered one but with the least contrast."""
     layer = max(direction.layers)
     source, feature = lab.source, feature_index(lab.source, roles[role])
     readings = lab.activation_readings("discovery", layer)
@@ -183,7 +192,7 @@ def _controls(lab: Lab, direction: Direction, roles: dict[Role, str], role: Role
     else:
         spans = ("answer",) if role == "refuse_redirect" else ("correct", "incorrect")
         unrelated = _covariance_direction(lab, direction, spans)
-    return Controls(random_direction(direction, lab.seed), unrelated)
+    return Controls(tuple(random_direction(direction, lab.seed + i) for i in range(N_RANDOM)), unrelated)
 
 
 def feature_layers(lab: Lab, feature: int) -> tuple[int, ...]:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from qklens.data.items import Dataset, load_dataset
+from qklens.data.items import SHIPPED, Dataset, load_dataset
 from qklens.dictionaries.crosscoder import load_crosscoder
-from qklens.dictionaries.source import fraction_variance_unexplained
+from qklens.dictionaries.source import feature_index, fraction_variance_unexplained
 from qklens.errors import QklensError
-from qklens.files import write_json
+from qklens.files import sha256_files, write_json
 from qklens.interventions.steer import Head
+from qklens.models.checkpoint import inspect_checkpoint
 from qklens.models.selfcheck import self_check
 from qklens.models.subject import Subject, load_subject
 from qklens.studies.config import StudyConfig
@@ -81,6 +82,14 @@ class _Run:
         return chosen
 
     @property
+    def pair_heads(self) -> list[Head]:
+        """Of these the heads of layers to which every role's feature writes; pairs are looked at there."""
+        source, roles = self.lab.source, self.roles
+        features = [feature_index(source, label) for label in roles.values()]
+        written = {layer for layer in source.layers if all(bool(source.directions(layer)[f].any()) for f in features)}
+        return [head for head in self.heads if head[0] in written]
+
+    @property
     def roles(self) -> dict[Any, str]:
         """The feature of each role."""
         return self.done["interactions"].state["roles"]
@@ -117,7 +126,7 @@ def _origin(run: _Run) -> StageOutput:
 
     checkpoints = [(name, loader(path)) for name, path in run.resources.checkpoints]
     checkpoints.append((run.lab.subject.name, lambda: run.lab.subject))
-    return origin.run(run.lab, run.heads, run.roles, checkpoints)
+    return origin.run(run.lab, run.pair_heads, run.roles, checkpoints)
 
 
 STAGES: tuple[Stage, ...] = (
@@ -125,15 +134,15 @@ STAGES: tuple[Stage, ...] = (
     Stage("belief", lambda r: belief.run(r.lab)),
     Stage("heads", lambda r: heads.run(r.lab)),
     Stage("interactions", lambda r: interactions.run(r.lab, r.heads)),
-    Stage("zscores", lambda r: zscores.run(r.lab, r.heads, r.roles)),
-    Stage("steer_all", lambda r: steering.steer_all(r.lab, r.heads, r.roles), needs_solved=True),
-    Stage("steer_query", lambda r: steering.steer_query(r.lab, r.heads, r.roles), needs_solved=True),
-    Stage("steer_key", lambda r: steering.steer_key(r.lab, r.heads, r.roles), needs_solved=True),
-    Stage("error_terms", lambda r: error_terms.run(r.lab, r.heads, r.roles)),
-    Stage("partners", lambda r: partners.run(r.lab, r.heads, r.roles, r.config.items), needs_solved=True),
+    Stage("zscores", lambda r: zscores.run(r.lab, r.pair_heads, r.roles)),
+    Stage("steer_all", lambda r: steering.steer_all(r.lab, r.pair_heads, r.roles), needs_solved=True),
+    Stage("steer_query", lambda r: steering.steer_query(r.lab, r.pair_heads, r.roles), needs_solved=True),
+    Stage("steer_key", lambda r: steering.steer_key(r.lab, r.pair_heads, r.roles), needs_solved=True),
+    Stage("error_terms", lambda r: error_terms.run(r.lab, r.pair_heads, r.roles)),
+    Stage("partners", lambda r: partners.run(r.lab, r.pair_heads, r.roles, r.config.items), needs_solved=True),
     Stage(
         "transfer",
-        lambda r: transfer.run(r.lab, r.heads, r.roles, r.done["steer_query"].state["strength"], r.config.items),
+        lambda r: transfer.run(r.lab, r.pair_heads, r.roles, r.done["steer_query"].state["strength"], r.config.items),
         needs_solved=True,
     ),
     Stage("origin", _origin, needs_solved=True),
@@ -159,7 +168,10 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
             f"{resources.dictionary}: its vectors have {source.config.d_model} dimensions, {subject.name}'s stream has "
             f"{subject.d_model}; it belongs to another model"
         )
-    journal = Journal(config.out, _manifest(config, lab, source.sha256 if source else "directions", command))
+    files = {name: inspect_checkpoint(path).files for name, path in resources.checkpoints}
+    hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
+    hashes[subject.name] = sha256_files(list(inspect_checkpoint(resources.model).files))
+    journal = Journal(config.out, _manifest(config, lab, source.sha256 if source else "directions", hashes, command))
     if source is None:
         lab.source = lab.fit_directions()
     else:
@@ -215,7 +227,9 @@ def _check_fidelity(lab: Lab, folder: Path | None) -> None:
             )
 
 
-def _manifest(config: StudyConfig, lab: Lab, dictionary: str | None, command: str) -> dict[str, Any]:
+def _manifest(
+    config: StudyConfig, lab: Lab, dictionary: str | None, checkpoints: dict[str, str], command: str
+) -> dict[str, Any]:
     subject = lab.subject
     packages = ("qklens", "torch", "transformers", "numpy", "safetensors")
     return {
@@ -225,6 +239,8 @@ def _manifest(config: StudyConfig, lab: Lab, dictionary: str | None, command: st
             "model_sha256": subject.sha256,
             "dictionary_sha256": dictionary,
             "data_sha256": lab.dataset.sha256,
+            "transfer_sha256": {name: load_dataset(name).sha256 for name in SHIPPED},
+            "checkpoint_files_sha256": checkpoints,
             "base_model": config.base_model,
             "checkpoints": list(config.checkpoints),
             "items": len(lab.dataset.items),

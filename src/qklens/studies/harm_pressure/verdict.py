@@ -43,7 +43,10 @@ class Measurements:
 
 
 def measure_removals(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
-    """Each factorial term's Shapley share of the lost margin, at the selected heads, on the report half."""
+    """Each factorial term's Shapley share of the margin lost from benign to harm, at the selected heads.
+
+    The terms are differences between these two conditions, so that is the loss they can account for; report half.
+    """
     layers = sorted({layer for layer, _ in heads})
     rows = term_rows(
         lab.subject,
@@ -53,7 +56,7 @@ def measure_removals(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
         lab.streams("harm", "report", layers),
         lab.streams("benign", "report", layers),
     )
-    harmed, clean = lab.attention("harm", "report").margins, lab.attention("none", "report").margins
+    harmed, clean = lab.attention("harm", "report").margins, lab.attention("benign", "report").margins
     work = lab.work("harm", "report")
 
     def restored(terms: frozenset[Term]) -> float:
