@@ -39,6 +39,7 @@ STUDY = ("study", "harm-pressure")
         (("--base-model", "/gone/base"), "/gone/base: no such model directory"),
         (("--dtype", "floot32"), "did you mean 'float32'"),
         (("--device", "toaster"), "--device 'toaster' cannot be used here"),
+        (("--device", "meta"), "--device 'meta' cannot be used here"),
         (("--modle", "organism"), "No such option: --modle"),
         (("--out",), "'--out' requires an argument"),
         (("extra",), "unexpected extra argument"),

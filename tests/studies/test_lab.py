@@ -9,6 +9,7 @@ from qklens.data.items import Dataset, Item
 from qklens.data.render import LetterForm
 from qklens.errors import QklensError
 from qklens.studies.harm_pressure.lab import Lab, split_items
+from qklens.studies.harm_pressure.roles import _specific
 from qklens.studies.letters import choose_letter_form
 
 
@@ -81,3 +82,16 @@ def test_the_letter_form_is_the_one_with_most_mass(tiny_llama, items, wants_brac
         else:
             head[letter] = 10 * embedding[assistant]
     assert choose_letter_form(subject, items) == LetterForm("(" if wants_bracket else "", "")
+
+
+def test_a_feature_that_rather_plays_another_role_is_passed_over():
+    """Harm told apart at keys is not refuse-and-redirect; the correct option told apart is not harm-detection."""
+    sizes = {
+        "refuse_redirect": torch.tensor([2.0, 3.0, 0.5]),
+        "harm_detection": torch.tensor([5.0, 1.0, 0.2]),
+        "correct_answer": torch.tensor([0.1, -4.0, 0.0]),
+    }
+    assert _specific("refuse_redirect", [0, 1, 2], sizes) == [1, 2]
+    assert _specific("harm_detection", [0, 1, 2], sizes) == [0, 2]
+    assert _specific("refuse_redirect", [0], sizes) == [0]  # none is left: all stay
+    assert _specific("need_answer", [2, 1], sizes) == [2, 1]

@@ -96,17 +96,23 @@ def test_query_side_steering_restores_accuracy_and_its_controls_do_not(run):
     points = at_chosen(results, "steer_query")
     assert points[None].accuracy >= 0.90
     assert abs(points["random"].accuracy - clean(results, "steer_query", "harm").accuracy) < 0.10
+    low, high, n = points["random"].draws
+    assert low <= points["random"].accuracy <= high < points[None].accuracy
+    assert n >= 10
     assert points["benign"].accuracy >= 0.95
 
 
 def test_refuse_and_harm_interact_negatively(run):
     _, results = run
-    pair = [
-        z.z
+    first = next(h for h in results.heads if h.selected)
+    pair = {
+        z.null: z.z
         for z in results.zscores
-        if (z.query_role, z.key_role, z.null) == ("refuse_redirect", "harm_detection", "random_pairs")
-    ]
-    assert min(pair) <= -2
+        if (z.layer, z.head) == (first.layer, first.head)
+        and (z.query_role, z.key_role) == ("refuse_redirect", "harm_detection")
+    }
+    assert pair["random_pairs"] <= -2
+    assert pair["matched"] <= -2
 
 
 def test_the_base_model_is_unaffected_and_the_verdict_is_not_a_late_flip(run):

@@ -156,7 +156,8 @@ class Lab:
             fitted = contrast_directions(layers, lambda layer: self.residual_readings("discovery", layer))
             vectors.update(fitted.vectors)
             means.update(fitted.means)
-            self.drop_streams()
+            if len(layers) < self.subject.n_layers:
+                self.drop_streams()
         return Directions(tuple(ROLES), vectors, means)
 
     def mean_turn(self, layer: int, half: Half = "report") -> Rotation:
