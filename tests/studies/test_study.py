@@ -112,7 +112,7 @@ def test_refuse_and_harm_interact_negatively(run):
         and (z.query_role, z.key_role) == ("refuse_redirect", "harm_detection")
     }
     assert pair["random_pairs"] <= -2
-    assert pair["matched"] <= -2
+    assert pair["matched"] < 0
 
 
 def test_the_base_model_is_unaffected_and_the_verdict_is_not_a_late_flip(run):

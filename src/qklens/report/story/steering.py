@@ -53,6 +53,14 @@ class Effect:
         ]
 
 
+def _draws(row: Steering) -> str:
+    """What a control that was drawn several times ranged over."""
+    if row.draws is None:
+        return ""
+    low, high, n = row.draws
+    return f" (mean of {n} draws, {percent(low)} to {percent(high)})"
+
+
 def effect(results: Results, rows: Sequence[Steering]) -> Effect | None:
     """The variant's chosen point; without one, its best point, marked as not chosen beforehand."""
     own = [r for r in rows if r.control is None and r.condition == "harm" and finite(r.accuracy)]
@@ -128,7 +136,7 @@ def _sentence(one: Effect) -> str:
     if one.controls:
         text += (
             " At the same strength: "
-            + listing(f"{name} {percent(r.accuracy)}" for name, r in one.controls.items())
+            + listing(f"{name} {percent(r.accuracy)}{_draws(r)}" for name, r in one.controls.items())
             + "."
         )
     else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +46,7 @@ from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour,
 
 MAX_LENS_HEADS = 6
 FIDELITY_SLACK = 0.05
+_NARROW = 512
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,23 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
         _check_fidelity(lab, resources.dictionary)
     run = _Run(config, resources, lab, {})
     progress = StageProgress(len(STAGES), quiet=quiet)
-    with progress.running():
+    with _threads_for(subject), progress.running():
         for stage in STAGES:
             run.done[stage.name] = _run_stage(stage, run, journal, progress)
     results = _collect(run)
     write_json(config.out / "results.json", results.model_dump(mode="json", by_alias=True))
     return results, journal.manifest
+
+
+@contextmanager
+def _threads_for(subject: Subject) -> Iterator[None]:
+    """One thread for narrow models: their products are too small to share, and a second thread is mostly waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if subject.d_model < _NARROW else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run_stage(stage: Stage, run: _Run, journal: Journal, progress: StageProgress) -> StageOutput:
