@@ -16,7 +16,7 @@ test: $(VENV)/.dev  ## the whole test suite
 check: $(VENV)/.dev  ## lint, types, layers
 	$(BIN)/ruff check src tests organism
 	$(BIN)/ruff format --check src tests organism
-	$(BIN)/pyright src
+	$(BIN)/pyright --pythonpath $(BIN)/python src
 	$(BIN)/lint-imports
 
 organism: $(VENV)/.dev  ## train the shipped models and their dictionary again
