@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qklens.analyses.decompose import Decomposition, decompose
     from qklens.data.items import Item, load_dataset
     from qklens.data.render import LetterForm, Prompt, render
     from qklens.dictionaries.crosscoder import load_crosscoder
@@ -19,13 +20,19 @@ if TYPE_CHECKING:
     from qklens.interventions.engine import Workset
     from qklens.interventions.patch import HeadAblation, PatternPatch, ScoreShift
     from qklens.interventions.steer import Steer
+    from qklens.models.batch import Batch, left_padded
     from qklens.models.selfcheck import self_check
+    from qklens.models.sites import Capture, Site, capture
     from qklens.models.subject import Subject, load_subject
+    from qklens.models.trace import Trace, trace
     from qklens.report.run import study_with_report
     from qklens.studies.config import StudyConfig
     from qklens.studies.results import Results
 
 _HOME = {
+    "Batch": "models.batch",
+    "Capture": "models.sites",
+    "Decomposition": "analyses.decompose",
     "Direction": "interventions.direction",
     "Directions": "dictionaries.directions",
     "FeatureSource": "dictionaries.source",
@@ -37,19 +44,28 @@ _HOME = {
     "QklensError": "errors",
     "Results": "studies.results",
     "ScoreShift": "interventions.patch",
+    "Site": "models.sites",
     "Steer": "interventions.steer",
     "StudyConfig": "studies.config",
     "Subject": "models.subject",
+    "Trace": "models.trace",
     "Workset": "interventions.engine",
+    "capture": "models.sites",
+    "decompose": "analyses.decompose",
+    "left_padded": "models.batch",
     "load_crosscoder": "dictionaries.crosscoder",
     "load_dataset": "data.items",
     "load_subject": "models.subject",
     "render": "data.render",
     "self_check": "models.selfcheck",
     "study_with_report": "report.run",
+    "trace": "models.trace",
 }
 
 __all__ = [
+    "Batch",
+    "Capture",
+    "Decomposition",
     "Direction",
     "Directions",
     "FeatureSource",
@@ -61,16 +77,22 @@ __all__ = [
     "QklensError",
     "Results",
     "ScoreShift",
+    "Site",
     "Steer",
     "StudyConfig",
     "Subject",
+    "Trace",
     "Workset",
+    "capture",
+    "decompose",
+    "left_padded",
     "load_crosscoder",
     "load_dataset",
     "load_subject",
     "render",
     "self_check",
     "study_with_report",
+    "trace",
 ]
 
 

@@ -12,7 +12,8 @@ from qklens.interventions.direction import Direction, at_equal_norm, feature_dir
 from qklens.interventions.engine import Workset
 from qklens.interventions.patch import HeadAblation, PatternPatch, ScoreShift, align_rows
 from qklens.interventions.steer import Steer
-from qklens.models.passes import AttentionRead, Reads
+from qklens.models.attention import AttentionRead
+from qklens.models.passes import Reads
 from qklens.models.scores import rotation, score_maps
 
 FORM = LetterForm("", "")

@@ -2,73 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, field
-
 import pytest
 import torch
-from torch import nn
 
 from qklens.analyses.interactions import head_lens, write_prompts
 from qklens.dictionaries.directions import Directions
+from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
 from qklens.models.families import FAMILIES, load_family
-from qklens.models.passes import AttentionRead, Reads, VectorEdit, run_pass
+from qklens.models.passes import Reads, VectorEdit, run_pass
 from qklens.models.scores import rotation, score_maps
 from qklens.models.selfcheck import self_check
 from qklens.models.subject import Subject, wrap_model
 from tiny_families import CASES, LAYERS, tiny_model
+from transformers_oracle import double_norms, oracle
 
 TOKENS = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
-
-
-@dataclass
-class Oracle:
-    """What plain transformers computed, eager, one prompt: logits, streams, and what met in every layer's attention."""
-
-    logits: torch.Tensor
-    streams: list[torch.Tensor]
-    patterns: list[torch.Tensor]
-    queries: list[torch.Tensor] = field(default_factory=list)
-    keys: list[torch.Tensor] = field(default_factory=list)
-    scales: list[float] = field(default_factory=list)
-
-
-def oracle(model: nn.Module, tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> Oracle:
-    """Run the model by itself with a spy around its own eager attention function."""
-    module = importlib.import_module(type(model).__module__)
-    original, seen = module.eager_attention_forward, []
-
-    def spy(attention, query, key, *args, **kwargs):
-        seen.append((query[0].clone(), key[0].clone(), kwargs["scaling"]))
-        return original(attention, query, key, *args, **kwargs)
-
-    with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(module, "eager_attention_forward", spy)
-        out = model(torch.tensor([tokens]), output_hidden_states=True, output_attentions=True, use_cache=False)
-    assert len(seen) == LAYERS
-    queries, keys, scales = (list(column) for column in zip(*seen, strict=True))
-    return Oracle(
-        out.logits[0], [h[0] for h in out.hidden_states], [a[0] for a in out.attentions], queries, keys, scales
-    )
-
-
-@pytest.fixture
-def double_norms(monkeypatch):
-    """transformers' RMSNorms compute in float32 whatever the model's dtype; the float64 oracle must not."""
-
-    def install(model: nn.Module) -> None:
-        kinds = {type(m) for m in model.modules() if type(m).__name__.endswith("RMSNorm")}
-        for kind in kinds:
-            offset = 1.0 if "Gemma" in kind.__name__ else 0.0
-
-            def forward(self, x, offset=offset):
-                epsilon = self.eps if offset else self.variance_epsilon
-                return (self.weight + offset) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon))
-
-            monkeypatch.setattr(kind, "forward", forward)
-
-    return install
 
 
 def subject_for(model: nn.Module, tokenizer) -> Subject:
@@ -114,10 +63,10 @@ def test_logits_and_sites_equal_plain_transformers(case, dtype, word_tokenizer, 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_terms_sum_to_the_models_scores_in_float64(case, word_tokenizer, monkeypatch, double_norms):
+def test_terms_sum_to_the_models_scores_in_float64(case, word_tokenizer, monkeypatch):
     """Completeness with a random dictionary on every head, from two positions to every key."""
     model = tiny_model(case, len(word_tokenizer), torch.float64)
-    double_norms(model)
+    double_norms(monkeypatch, model)
     expected = oracle(model, TOKENS, monkeypatch)
     subject = subject_for(model, word_tokenizer)
     generator = torch.Generator().manual_seed(3)
@@ -162,9 +111,9 @@ def test_the_self_check_passes_and_padding_changes_nothing(case, word_tokenizer)
 
 @pytest.mark.parametrize("norm", ["recomputed", "frozen"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_query_edit_reaches_its_head_alone_and_has_its_closed_form(case, norm, word_tokenizer, double_norms):
+def test_a_query_edit_reaches_its_head_alone_and_has_its_closed_form(case, norm, word_tokenizer, monkeypatch):
     model = tiny_model(case, len(word_tokenizer), torch.float64)
-    double_norms(model)
+    double_norms(monkeypatch, model)
     subject = subject_for(model, word_tokenizer)
     layer, head, shift = 1, 2, torch.linspace(-1, 1, subject.d_model, dtype=torch.float64)
     mask = torch.zeros(1, len(TOKENS), dtype=torch.bool)

@@ -8,8 +8,9 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qklens.errors import QklensError
+from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
-from qklens.models.passes import AttentionRead, OutputEdit, PatternEdit, Reads, VectorEdit, run_pass
+from qklens.models.passes import OutputEdit, PatternEdit, Reads, VectorEdit, run_pass
 from qklens.models.selfcheck import self_check
 
 LAYOUTS = {

@@ -9,8 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from qklens.analyses.interactions import head_lens, write_prompts
 from qklens.dictionaries.directions import Directions
 from qklens.errors import QklensError
+from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
-from qklens.models.passes import AttentionRead, Reads, run_pass
+from qklens.models.passes import Reads, run_pass
 from qklens.models.scores import offset_rotation, rotation, score_maps, virtual_interaction
 
 TOKENS = list(range(20, 33))

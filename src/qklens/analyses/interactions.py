@@ -27,6 +27,7 @@ from qklens.dictionaries.source import FeatureSource, Parts, write_parts
 from qklens.errors import QklensError
 from qklens.models.scores import Rotation, Scales, ScoreMaps, rotation, score_maps
 from qklens.models.subject import Subject
+from qklens.models.trace import HeadMap
 
 BIAS, ERROR = "bias", "error"
 Weighting = Literal["realised", "contrastive", "share"]
@@ -78,11 +79,9 @@ class HeadLens:
         """Head-space vectors of all query sources at a position; their sum is the head's query there."""
         parts, maps, head = prompt.parts, self.maps, self.head
         here = prompt.scales.at(position)
-        rms = maps.query_rms(here, head)
-        bias = maps.query(parts.bias, head) / here.sigma + maps.query_constant(head)
-        error = maps.query(parts.error[position], head) / here.sigma
-        features = parts.activations[position, :, None].to(error) * self.query_features / here.sigma
-        return prompt.turn.at(position)(torch.cat([features, bias[None], error[None]])) / rms
+        side = HeadMap(maps.query_side, head, here.sigma, maps.query_rms(here, head), prompt.turn.at(position))
+        features = side.place(parts.activations[position, :, None].to(here.sigma) * self.query_features)
+        return torch.cat([features, side(parts.bias[None]) + side.constant, side(parts.error[position][None])])
 
     def keys(self, prompt: PromptParts, weights: Float[Tensor, " pos"]) -> Float[Tensor, "source d_head"]:
         """Head-space vectors of all key sources, summed over tokens with weights."""

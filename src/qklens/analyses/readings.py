@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qklens.interventions.engine import Workset, letter_margins
 from qklens.interventions.steer import Head
+from qklens.models.attention import AttentionRead
 from qklens.models.batch import Batch
-from qklens.models.passes import AttentionRead, Reads
+from qklens.models.passes import Reads
 from qklens.models.subject import Subject
 
 SPANS = ("correct", "incorrect", "intent", "question", "other")

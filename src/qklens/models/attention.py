@@ -8,15 +8,74 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from qklens.models.family import Family
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRead:
+    """One layer's attention as it met: queries and keys after rotary, pattern, and head outputs before W_O.
+
+    Attributes:
+        layer: the layer.
+        query: queries as they meet the keys.
+        key: keys, with those of a prefix before the columns that ran.
+        pattern: the weights that were used.
+        output: what each head read, before W_O.
+        scale: the model's own score scale c.
+        mask: what the model added to the scores to hide keys, or nothing.
+        bias: what score edits added before the cap, or nothing.
+    """
+
+    layer: int
+    query: Float[Tensor, "batch head q_pos d_head"]
+    key: Float[Tensor, "batch kv_head k_pos d_head"]
+    pattern: Float[Tensor, "batch head q_pos k_pos"]
+    output: Float[Tensor, "batch q_pos head d_head"]
+    scale: float
+    mask: Float[Tensor, "#batch #head q_pos k_pos"] | None = None
+    bias: Float[Tensor, "batch head q_pos k_pos"] | None = None
+
+    def score(
+        self, heads: Int[Tensor, " some"] | None = None, columns: Int[Tensor, "batch n"] | None = None
+    ) -> Float[Tensor, "batch some n k_pos"]:
+        """Scores u(p, j) = c ⟨q_p, k_j⟩ (+ edits) of some heads at some query columns, or of all.
+
+        −∞ where the mask hides the key. u comes before a soft cap; `ScoreMaps.capped` gives what meets the softmax.
+        """
+        group = self.query.shape[1] // self.key.shape[1]
+        which = torch.arange(self.query.shape[1], device=self.query.device) if heads is None else heads
+        query = pick(self.query, heads, columns)
+        score = self.scale * query @ self.key[:, which // group].transpose(2, 3)
+        if self.bias is not None:
+            score = score + pick(self.bias, heads, columns)
+        if self.mask is None:
+            return score
+        mask = self.mask[..., : score.shape[-1]].expand(len(score), 1, -1, -1)
+        hidden = pick(mask, None, columns) <= torch.finfo(torch.float16).min
+        return score.masked_fill_(hidden, float("-inf"))
+
+
+def pick(
+    whole: Float[Tensor, "batch head pos last"],
+    heads: Int[Tensor, " some"] | None,
+    columns: Int[Tensor, "batch n"] | None,
+) -> Float[Tensor, "batch some n last"]:
+    """Some heads at some columns of each row, copied; all of them, uncopied, where nothing is named."""
+    if heads is not None:
+        whole = whole[:, heads]
+    if columns is None:
+        return whole
+    rows = torch.arange(len(whole), device=whole.device)[:, None]
+    return whole.transpose(1, 2)[rows, columns].transpose(1, 2)
 
 
 @runtime_checkable
@@ -45,16 +104,8 @@ class AttentionTap(Protocol):
         """The heads' outputs (before W_O) to use instead, or nothing."""
         ...
 
-    def read(
-        self,
-        layer: int,
-        query: Float[Tensor, "batch head q_pos d_head"],
-        key: Float[Tensor, "batch kv_head k_pos d_head"],
-        pattern: Float[Tensor, "batch head q_pos k_pos"],
-        output: Float[Tensor, "batch q_pos head d_head"],
-        scale: float,
-    ) -> None:
-        """Look at the finished attention of the layer."""
+    def read(self, read: AttentionRead) -> None:
+        """Look at the finished attention of a layer."""
         ...
 
 
@@ -95,8 +146,9 @@ def _tapped(family: Family) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if tap is None:
             return family.eager(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
-        bias = tap.score_bias(layer, query, key, scaling)
-        if bias is not None:
+        mask, added = attention_mask, tap.score_bias(layer, query, key, scaling)
+        if added is not None:
+            bias = added
             cap = family.score_cap(module)
             if cap is not None:
                 # The mask is added after the cap, so a shift of the score is carried through it.
@@ -116,7 +168,7 @@ def _tapped(family: Family) -> Callable[..., tuple[Tensor, Tensor | None]]:
         edited = tap.new_output(layer, output)
         if edited is not None:
             output = edited
-        tap.read(layer, query, key, pattern, output, scaling)
+        tap.read(AttentionRead(layer, query, key, pattern, output, scaling, mask, added))
         return output, pattern
 
     return attention

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from qklens.errors import QklensError
-from qklens.models.attention import ACTIVE_TAP
+from qklens.models.attention import ACTIVE_TAP, AttentionRead
 from qklens.models.batch import Batch
 from qklens.models.projections import Projection, ProjectionSide
 from qklens.models.subject import Subject
@@ -95,27 +95,21 @@ Edit = VectorEdit | ScoreEdit | PatternEdit | OutputEdit
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionRead:
-    """One layer's attention as it met: queries and keys after rotary, pattern, and head outputs before W_O."""
-
-    layer: int
-    query: Float[Tensor, "batch head q_pos d_head"]
-    key: Float[Tensor, "batch kv_head k_pos d_head"]
-    pattern: Float[Tensor, "batch head q_pos k_pos"]
-    output: Float[Tensor, "batch q_pos head d_head"]
-    scale: float
-
-
-@dataclass(frozen=True, eq=False)
 class Reads:
     """What a pass hands out; a sink sees the tensor once and keeps what it needs.
 
-    `residual[L]` sees resid_pre.L; L = n_layers is the stream before the final norm. `attention[L]` sees the layer's
-    attention.
+    Attributes:
+        residual: by layer, resid_pre.L after its edits; L = n_layers is the stream before the final norm.
+        attention: by layer, the layer's attention.
+        after: by layer, resid_post.L, before any edit of the next layer's input.
+        projected: by (layer, side), the normed vectors that the side's projection reads; an edit of that side alone
+            acts behind it.
     """
 
     residual: dict[int, Callable[[Tensor], None]]
     attention: dict[int, Callable[[AttentionRead], None]]
+    after: dict[int, Callable[[Tensor], None]] = field(default_factory=dict)
+    projected: dict[tuple[int, ProjectionSide], Callable[[Tensor], None]] = field(default_factory=dict)
 
 
 NO_READS = Reads({}, {})
@@ -203,6 +197,20 @@ def _kept(cache: DynamicCache) -> Prefix:
     return Prefix(tuple((layer.keys, layer.values) for layer in layers))
 
 
+def _stream_reader(sink: Callable[[Tensor], None]) -> Callable[..., None]:
+    def hook(_: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        sink(output if isinstance(output, Tensor) else output[0])
+
+    return hook
+
+
+def _input_reader(sink: Callable[[Tensor], None]) -> Callable[..., None]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sink(inputs[0])
+
+    return hook
+
+
 class _Pass:
     """The state of one running pass; implements `AttentionTap`."""
 
@@ -212,6 +220,7 @@ class _Pass:
         self.fired = [False] * len(self.edits)
         self.changed = [False] * len(self.edits)
         self.residual: dict[int, Tensor] = {}
+        self.edited = self._edited_layers()
         for edit in self.edits:
             if not 0 <= edit.layer < subject.n_layers:
                 raise QklensError(f"layer {edit.layer} does not exist; expected 0 to {subject.n_layers - 1}")
@@ -224,13 +233,19 @@ class _Pass:
     def install(self, stack: ExitStack) -> None:
         """Hook what this pass needs; everything is undone when the stack closes."""
         family, layers = self.subject.family, self.subject.layers
-        for index in sorted(self._hooked_layers()):
+        read = {layer for layer in self.reads.residual if layer < len(layers)}
+        for index in sorted(self.edited | read):
             handle = layers[index].register_forward_pre_hook(self._residual_hook(index), with_kwargs=True)
             stack.callback(handle.remove)
         if len(layers) in self.reads.residual:
             sink = self.reads.residual[len(layers)]
             handle = family.final_norm(self.subject.model).register_forward_pre_hook(lambda _, inputs: sink(inputs[0]))
             stack.callback(handle.remove)
+        for layer, sink in self.reads.after.items():
+            stack.callback(layers[layer].register_forward_hook(_stream_reader(sink)).remove)
+        for (layer, side), sink in self.reads.projected.items():
+            module = self.subject.projection(layer, side).module
+            stack.callback(module.register_forward_pre_hook(_input_reader(sink)).remove)
         for index, edit in enumerate(self.edits):
             if isinstance(edit, VectorEdit) and edit.side != "residual":
                 projection = self.subject.projection(edit.layer, edit.side)
@@ -246,7 +261,8 @@ class _Pass:
     def _residual_hook(self, layer: int) -> Callable[..., tuple[tuple, dict]]:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             stream: Tensor = args[0] if args else kwargs["hidden_states"]
-            self.residual[layer] = stream
+            if layer in self.edited:
+                self.residual[layer] = stream
             for index, edit in enumerate(self.edits):
                 if isinstance(edit, VectorEdit) and edit.side == "residual" and edit.layer == layer:
                     mask = edit.mask[:, self.start :]
@@ -264,9 +280,9 @@ class _Pass:
 
         return hook
 
-    def _hooked_layers(self) -> set[int]:
-        """Layers whose stream this pass looks at; the others run as they are and keep nothing."""
-        layers = {layer for layer in self.reads.residual if layer < self.subject.n_layers}
+    def _edited_layers(self) -> set[int]:
+        """Layers whose stream an edit looks at; it is held until the pass ends."""
+        layers: set[int] = set()
         for edit in self.edits:
             if isinstance(edit, VectorEdit):
                 layers |= {edit.layer, *edit.sees}
@@ -355,9 +371,9 @@ class _Pass:
                 self._note(index, before, result)
         return result
 
-    def read(self, layer: int, query: Tensor, key: Tensor, pattern: Tensor, output: Tensor, scale: float) -> None:
-        if layer in self.reads.attention:
-            self.reads.attention[layer](AttentionRead(layer, query, key, pattern, output, scale))
+    def read(self, read: AttentionRead) -> None:
+        if read.layer in self.reads.attention:
+            self.reads.attention[read.layer](read)
 
     def assert_fired(self) -> None:
         """An edit that never ran is an error, not a null result."""

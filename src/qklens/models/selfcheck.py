@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from qklens.errors import QklensError
+from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
-from qklens.models.passes import AttentionRead, PatternEdit, Reads, run_pass
+from qklens.models.passes import PatternEdit, Reads, run_pass
 from qklens.models.scores import rotation, score_maps
 from qklens.models.subject import Subject
 
