@@ -57,7 +57,7 @@ def read_attention(work: Workset) -> AttentionReading:
 
         def attention(read: AttentionRead) -> None:
             at_answer = read.pattern[:, :, -1].float()
-            mass[rows, read.layer] = torch.einsum("bhk,bsk->bhs", at_answer, indicator).cpu()
+            mass[rows, read.layer] = torch.einsum("bhk,bsk->bhs", at_answer, indicator.to(at_answer.device)).cpu()
             outputs[rows, read.layer] = read.output[:, -1].float().cpu()
 
         def stream(residual: Tensor) -> None:

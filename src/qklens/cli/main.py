@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,14 +31,16 @@ _INTERRUPTED = 130
 
 STUDIES = ("harm-pressure",)
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps; `auto` spreads over all GPUs.")]
 Dtype = Annotated[str, typer.Option(help="The model's dtype; analyses use float32 or better.")]
 
 
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(help="The study: harm-pressure.")] = "harm-pressure",
-    model: Annotated[str, typer.Option(help="A model directory, `organism`, or `organism:<checkpoint>`.")] = "organism",
+    model: Annotated[
+        str, typer.Option(help="A directory, a .gguf file, owner/name@<commit>, or `organism[:<checkpoint>]`.")
+    ] = "organism",
     base_model: Annotated[str | None, typer.Option(help="The model before post-training.")] = None,
     checkpoint: Annotated[list[str] | None, typer.Option(help="A checkpoint between base and model; repeat.")] = None,
     dictionary: Annotated[str | None, typer.Option(help="A dictionary directory, or `directions`.")] = None,
@@ -58,7 +61,7 @@ def study(
     from qklens.report.run import study_with_report
     from qklens.studies.config import StudyConfig
 
-    folder = out or Path("runs") / f"{name}-{Path(model).name.replace(':', '-')}"
+    folder = out or Path("runs") / f"{name}-{Path(model).name.partition('@')[0].replace(':', '-')}"
     config = StudyConfig(
         model=model,
         base_model=base_model,
@@ -97,7 +100,7 @@ def data_check(
 
 @model_app.command("check")
 def model_check(
-    model: Annotated[str, typer.Argument(help="A model directory, or `organism`.")],
+    model: Annotated[str, typer.Argument(help="As for study: a directory, a .gguf file, a hub id.")],
     device: Device = "cpu",
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -120,6 +123,7 @@ def model_check(
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its loading reports would stand around our one line
+    warnings.showwarning = lambda message, *_, **__: sys.stderr.write(f"qklens: {message}\n")
     try:
         status = app(prog_name="qklens", standalone_mode=False)
     except QklensError as error:

@@ -22,7 +22,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory that passed inspection: its config, its family and its weight files."""
+    """A model directory, or a GGUF file, that passed inspection: its config, its family and its weight files."""
 
     path: Path
     config: dict[str, Any]
@@ -32,6 +32,8 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         """Everything that decides what the model does with a prompt: weights, config, tokenizer, chat template."""
+        if self.path.is_file():
+            return self.weights
         others = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
         names = {p for pattern in (*others, "*.jinja", "*.model") for p in self.path.glob(pattern) if p.is_file()}
         return (*self.weights, *sorted(names - set(self.weights)))

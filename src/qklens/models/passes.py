@@ -265,7 +265,7 @@ class _Pass:
                 self.residual[layer] = stream
             for index, edit in enumerate(self.edits):
                 if isinstance(edit, VectorEdit) and edit.side == "residual" and edit.layer == layer:
-                    mask = edit.mask[:, self.start :]
+                    mask = edit.mask[:, self.start :].to(stream.device)
                     rows = stream[mask]
                     edited = edit.change(rows, self._rows(mask))
                     self._note(index, rows, edited)
@@ -336,7 +336,8 @@ class _Pass:
         def rows(layer: int) -> Tensor:
             if layer not in self.residual:
                 raise QklensError(f"an edit looks at the stream of layer {layer}, which it did not name in `sees`")
-            return self.residual[layer][mask]
+            stream = self.residual[layer]
+            return stream[mask.to(stream.device)].to(mask.device)
 
         return rows
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ from transformers.utils import logging as transformers_logging
 from qklens.errors import QklensError, nearest
 from qklens.files import sha256_files
 from qklens.models.attention import attention_name
+from qklens.models.batch import Batch, left_padded
 from qklens.models.checkpoint import Checkpoint, inspect_checkpoint
 from qklens.models.family import Family
+from qklens.models.gguf import inspect_gguf
+from qklens.models.locate import locate_model
 from qklens.models.norms import NormMap, norm_map
 from qklens.models.projections import HeadCounts, Projection, ProjectionSide
 
+AUTO = "auto"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -122,6 +128,11 @@ class Subject:
         """The numbers of that norm."""
         return norm_map(self.family.norm, self.qk_norm_module(layer, side), dtype)
 
+    def batch(self, prompts: Sequence[str | Sequence[int]]) -> Batch:
+        """Texts (tokenised as they stand) or token ids, left-padded, on the model's device."""
+        tokens = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        return left_padded(tokens, self.pad_id, self.device)
+
     def check_head(self, layer: int, head: int) -> None:
         """Raise unless (layer, head) exists; names the valid range."""
         if not 0 <= layer < self.n_layers:
@@ -145,30 +156,46 @@ class Subject:
         }
 
 
-def load_subject(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Subject:
-    """Load a model directory after inspecting it; nothing is fetched and no code of the checkpoint runs.
+def load_subject(path: Path | str, *, device: str = "cpu", dtype: str = "float32") -> Subject:
+    """Load a model after inspecting it; no code of the checkpoint runs.
+
+    Args:
+        path: a directory with safetensors, a GGUF file, or a hub id `owner/name@<40-hex commit>` (`locate_model`).
+        device: a torch device, or `auto`: the layers are spread over all GPUs, as accelerate does it.
+        dtype: what the model computes in; score algebra stays in float32 or better.
 
     Raises:
-        QklensError: see `inspect_checkpoint`; also an unknown device or dtype, a tokenizer without offsets, weights
-            that hold NaN or infinity, or shapes that do not fit the config.
+        QklensError: see `locate_model`, `inspect_checkpoint`, `inspect_gguf`; also an unknown device or dtype, a
+            tokenizer without offsets, weights that hold NaN or infinity, or shapes that do not fit the config.
     """
     if dtype not in DTYPES:
         raise QklensError(f"--dtype {dtype!r} is unknown; expected one of {sorted(DTYPES)}{nearest(dtype, DTYPES)}")
-    checkpoint = inspect_checkpoint(path)
-    target = _device(device)
+    checkpoint = inspect_model(locate_model(str(path)))
+    place = None if device == AUTO else _device(device)
+    if place is None and find_spec("accelerate") is None:
+        raise QklensError(f"--device {AUTO} needs the package 'accelerate': pip install 'qklens[spread]'")
+    where = checkpoint.path
     transformers_logging.disable_progress_bar()
-    tokenizer = _load_tokenizer(path)
-    model = _load_model(checkpoint, DTYPES[dtype])
+    tokenizer = _load_tokenizer(where)
+    model = _load_model(checkpoint, DTYPES[dtype], spread=place is None)
     rows = int(model.config.vocab_size)
     if len(tokenizer) > rows:
         raise QklensError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; they are of two models"
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; they are of two models"
         )
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise QklensError(f"{where}: tensor {name!r} does not fit on the devices; choose a smaller --dtype")
         if not torch.isfinite(parameter).all():
-            raise QklensError(f"{path}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged")
-    nn.Module.to(model, target)
-    return wrap_model(model, tokenizer, checkpoint.family, path=path, sha256=sha256_files(list(checkpoint.weights)))
+            raise QklensError(f"{where}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged")
+    if place is not None:
+        nn.Module.to(model, place)
+    return wrap_model(model, tokenizer, checkpoint.family, path=where, sha256=sha256_files(list(checkpoint.weights)))
+
+
+def inspect_model(path: Path) -> Checkpoint:
+    """Look at a directory or a GGUF file before anything of it runs."""
+    return inspect_gguf(path) if path.is_file() else inspect_checkpoint(path)
 
 
 def wrap_model(
@@ -187,7 +214,7 @@ def wrap_model(
     config = model.config
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Subject(
-        name=path.name if path else config.model_type,
+        name=_name_of(path) if path else config.model_type,
         model=model,
         tokenizer=tokenizer,
         family=family,
@@ -201,6 +228,13 @@ def wrap_model(
     )
 
 
+def _name_of(path: Path) -> str:
+    """A directory's or file's name; a hub snapshot lies in models--owner--name/snapshots/<commit>."""
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.stem if path.is_file() else path.name
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -210,9 +244,15 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _source(path: Path) -> tuple[str, dict[str, str]]:
+    """How transformers wants a directory or a GGUF file named."""
+    return (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
+
+
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    where, options = _source(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds here; all mean the same to the user
         reason = str(error).strip().splitlines()
         raise QklensError(f"{path}: no usable tokenizer ({reason[0] if reason else type(error).__name__})") from error
@@ -226,19 +266,22 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, *, spread: bool) -> PreTrainedModel:
+    where, options = _source(checkpoint.path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(checkpoint.path),
+                where,
                 dtype=dtype,
+                device_map=AUTO if spread else None,
                 attn_implementation="eager",
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **options,
             )
     except Exception as error:  # see _load_tokenizer
         reason = str(error).strip().splitlines()
@@ -251,4 +294,8 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         if found:
             first = found[0]
             raise QklensError(f"{checkpoint.path}: {kind.replace('_', ' ')}: {first}; weights and config do not fit")
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    if checkpoint.path.is_file() and head.weight is not embedding.weight and torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight  # the GGUF reader copies what the model ties
     return model

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qklens.errors import QklensError
 from qklens.files import read_json
+from qklens.models.locate import locate_model
 from qklens.studies.config import SHIPPED_ORGANISM, StudyConfig
 
 DIRECTIONS = "directions"
@@ -56,7 +57,7 @@ def resolve(config: StudyConfig) -> Resources:
 
 
 def model_folder(name: str) -> Path:
-    """The directory of a model given by path or by shipped name."""
+    """The directory or GGUF file of a model given by shipped name, path or hub id."""
     if name == SHIPPED_ORGANISM:
         return organism_folder() / read_json(organism_folder() / "lineage.json")["chat"]
     if name.startswith(f"{SHIPPED_ORGANISM}:"):
@@ -65,13 +66,7 @@ def model_folder(name: str) -> Path:
             have = sorted(p.parent.name for p in organism_folder().glob("*/config.json"))
             raise QklensError(f"--model {name!r}: no such checkpoint of the organism; expected one of {have}")
         return folder
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise QklensError(
-            f"{name}: no such model directory; expected a directory with config.json and *.safetensors, or "
-            f"{SHIPPED_ORGANISM!r}"
-        )
-    return folder
+    return locate_model(name)
 
 
 def _dictionary(config: StudyConfig) -> Path | None:

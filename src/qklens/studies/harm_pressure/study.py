@@ -20,9 +20,8 @@ from qklens.dictionaries.source import feature_index, fraction_variance_unexplai
 from qklens.errors import QklensError
 from qklens.files import sha256_files, write_json
 from qklens.interventions.steer import Head
-from qklens.models.checkpoint import inspect_checkpoint
 from qklens.models.selfcheck import self_check
-from qklens.models.subject import Subject, load_subject
+from qklens.models.subject import Subject, inspect_model, load_subject
 from qklens.studies.config import StudyConfig
 from qklens.studies.harm_pressure import (
     behaviour,
@@ -170,9 +169,9 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
             f"{resources.dictionary}: its vectors have {source.config.d_model} dimensions, {subject.name}'s stream has "
             f"{subject.d_model}; it belongs to another model"
         )
-    files = {name: inspect_checkpoint(path).files for name, path in resources.checkpoints}
+    files = {name: inspect_model(path).files for name, path in resources.checkpoints}
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
-    hashes[subject.name] = sha256_files(list(inspect_checkpoint(resources.model).files))
+    hashes[subject.name] = sha256_files(list(inspect_model(resources.model).files))
     journal = Journal(config.out, _manifest(config, lab, source.sha256 if source else "directions", hashes, command))
     if source is None:
         lab.source = lab.fit_directions()
