@@ -105,19 +105,23 @@ def model_check(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Rebuild every layer's scores from the residual stream and compare with the model's own."""
+    """Try on a model all that qklens relies on: scores, patterns, edits, padding, layer by layer."""
     from dataclasses import asdict
 
-    from qklens.models.selfcheck import self_check
+    from qklens.models.fullcheck import full_check
     from qklens.models.subject import load_subject
     from qklens.studies.resources import model_folder
 
     subject = load_subject(model_folder(model), device=device, dtype=dtype)
-    check = self_check(subject)
+    check = full_check(subject)
+    failures = check.failures()
     if as_json:
-        show.as_json({**subject.describe(), **asdict(check)})
+        show.as_json({**subject.describe(), **asdict(check), "failures": failures})
     else:
         show.model_check(subject.describe(), check)
+    if failures:
+        more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
+        raise QklensError(f"{subject.name}: not read exactly: {failures[0]}{more}; do not trust scores of this model")
 
 
 def main() -> None:

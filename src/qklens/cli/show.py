@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qklens.models.selfcheck import SelfCheck
+    from qklens.models.fullcheck import FullCheck
     from qklens.studies.results import Results
 
 
@@ -55,10 +55,22 @@ def data_check(report: dict[str, Any]) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def model_check(described: dict[str, Any], check: SelfCheck) -> None:
-    """A table of the self-check's errors."""
-    lines = [f"{described['name']} ({described['model_type']}): {len(check.layers)} layers are read exactly"]
-    lines.append("  layer  score error  pattern error")
-    lines += [f"  {row.layer:5d}  {row.score_error:11.1e}  {row.pattern_error:13.1e}" for row in check.layers]
-    lines.append(f"  left padding changes logits by {check.padding_error:.1e}; replaced patterns reach the logits")
+def model_check(described: dict[str, Any], check: FullCheck) -> None:
+    """A table of the check's errors, one row a layer."""
+    heads = f"{described['n_heads']} heads of queries over {described['n_kv_heads']} of keys"
+    lines = [
+        f"{described['name']}: {described['model_type']}, {described['n_layers']} layers, {heads}, {described['dtype']}",
+        "  layer  score    pattern  row sum  q edit   k edit   pattern's effect",
+    ]
+    for r in check.layers:
+        errors = (r.score_error, r.pattern_error, r.row_sum_error, r.query_edit_error, r.key_edit_error)
+        lines.append(f"  {r.layer:5d}  " + "  ".join(f"{e:.1e}" for e in errors) + f"  {r.pattern_effect:.1e}")
+    lines += [
+        f"  logits against transformers' eager attention {check.eager_error:.1e}",
+        f"  logits under padding: left {check.left_padding_error:.1e}, right {check.right_padding_error:.1e}; "
+        f"in a batch {check.batch_error:.1e}",
+        f"  a clean pass after all edits is {'bit-identical' if check.clean_after_edits else 'not the same'}",
+    ]
+    if not check.failures():
+        lines.append(f"  read exactly: every error is within {check.tolerance:.0e}")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -187,8 +187,8 @@ class ScoreMaps:
         return raw / self.key_rms(at, head)[..., None]
 
     def capped(self, u: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """S = τ tanh(u / τ), or u where nothing caps it."""
-        return u if self.cap is None else self.cap * torch.tanh(u / self.cap)
+        """S = τ tanh(u / τ), or u where nothing caps it; the −∞ of a key that is not seen stays."""
+        return u if self.cap is None else torch.where(u.isneginf(), u, self.cap * torch.tanh(u / self.cap))
 
     def visible(self, position: int, n_keys: int) -> tuple[int, int]:
         """First and last-plus-one key that the query at a position sees."""

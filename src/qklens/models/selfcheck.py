@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from qklens.errors import QklensError
 from qklens.models.attention import AttentionRead
-from qklens.models.batch import left_padded
-from qklens.models.passes import PatternEdit, Reads, run_pass
+from qklens.models.passes import PatternEdit, run_pass
 from qklens.models.scores import rotation, score_maps
 from qklens.models.subject import Subject
+from qklens.models.trace import trace
 
 _TOLERANCE = 1e-4
 
@@ -41,28 +43,39 @@ def self_check(subject: Subject, n_tokens: int = 12) -> SelfCheck:
         QklensError: a rebuilt score is off by more than 1e-4 of the largest, a rebuilt pattern by 1e-4, a
             replaced pattern did not reach the logits, or padding changes the logits.
     """
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, subject.model.config.vocab_size, (n_tokens,), generator=generator).tolist()
-    batch = left_padded([tokens], subject.pad_id, subject.device)
-    streams: dict[int, torch.Tensor] = {}
-    attentions: dict[int, AttentionRead] = {}
-    reads = Reads(
-        {layer: lambda x, layer=layer: streams.__setitem__(layer, x) for layer in range(subject.n_layers)},
-        {layer: lambda a, layer=layer: attentions.__setitem__(layer, a) for layer in range(subject.n_layers)},
+    tokens = random_tokens(subject, n_tokens)
+    batch = subject.batch([tokens])
+    clean = trace(subject, batch, range(subject.n_layers))
+    rows = tuple(
+        check_layer(subject, batch.position_ids, clean.streams[layer], read) for layer, read in clean.attention.items()
     )
-    clean = run_pass(subject, batch, reads=reads).logits
-    rows = tuple(_check_layer(subject, batch.position_ids, streams[layer], attentions[layer]) for layer in streams)
     uniform = PatternEdit(subject.n_layers - 1, lambda pattern, _: torch.full_like(pattern, 1 / pattern.shape[-1]))
     moved = run_pass(subject, batch, [uniform]).logits
-    longer = left_padded([tokens, tokens + tokens], subject.pad_id, subject.device)
-    padded = run_pass(subject, longer).logits[:1]
-    padding_error = float((padded - clean).abs().max() / clean.abs().max().clamp(min=1e-6))
-    check = SelfCheck(rows, not torch.equal(clean, moved), padding_error)
+    padded = run_pass(subject, subject.batch([tokens, tokens + tokens])).logits[:1]
+    padding_error = float((padded - clean.logits).abs().max() / clean.logits.abs().max().clamp(min=1e-6))
+    check = SelfCheck(rows, not torch.equal(clean.logits, moved), padding_error)
     _refuse(subject, check)
     return check
 
 
-def _check_layer(subject: Subject, positions: torch.Tensor, stream: torch.Tensor, read: AttentionRead) -> LayerCheck:
+def random_tokens(subject: Subject, n: int, seed: int = 0) -> list[int]:
+    """Seeded tokens of the model's vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, subject.model.config.vocab_size, (n,), generator=generator).tolist()
+
+
+def tolerance_of(subject: Subject) -> float:
+    """How far rebuilt scores may be off; models in half precision round their own."""
+    return 3e-2 if subject.dtype in (torch.bfloat16, torch.float16) else _TOLERANCE
+
+
+def check_layer(
+    subject: Subject,
+    positions: Int[Tensor, "batch pos"],
+    stream: Float[Tensor, "batch pos d_model"],
+    read: AttentionRead,
+) -> LayerCheck:
+    """Rebuild a layer's scores and patterns on the batch's first prompt, which has no padding."""
     maps = score_maps(subject, read.layer)
     turn, scales = rotation(subject, read.layer, positions[0]), maps.scales(stream[0])
     worst, largest, worst_pattern = 0.0, 0.0, 0.0
@@ -84,8 +97,7 @@ def _check_layer(subject: Subject, positions: torch.Tensor, stream: torch.Tensor
 
 
 def _refuse(subject: Subject, check: SelfCheck) -> None:
-    half = subject.dtype in (torch.bfloat16, torch.float16)
-    tolerance = 3e-2 if half else _TOLERANCE
+    tolerance = tolerance_of(subject)
     for row in check.layers:
         if not row.score_error <= tolerance:
             raise QklensError(

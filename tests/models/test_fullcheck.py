@@ -1,0 +1,61 @@
+"""The full check passes on every family and layout, and names what is wrong when a family file lies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qklens.models.families import load_family
+from qklens.models.fullcheck import full_check
+from qklens.models.norms import GEMMA_RMS
+from qklens.models.projections import stacked
+from qklens.models.subject import wrap_model
+from tiny_families import CASES, LAYERS, tiny_model
+
+
+def subject_of(case, tokenizer, **lies):
+    model = tiny_model(case, len(tokenizer), torch.float32)
+    subject = wrap_model(model, tokenizer, load_family(model.config.model_type))
+    return replace(subject, family=replace(subject.family, **lies)) if lies else subject
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_is_read_exactly(case, word_tokenizer):
+    check = full_check(subject_of(case, word_tokenizer))
+    assert check.failures() == []
+    assert len(check.layers) == LAYERS
+    for row in check.layers:
+        errors = (row.score_error, row.pattern_error, row.row_sum_error, row.query_edit_error, row.key_edit_error)
+        assert max(errors) <= 1e-5
+        assert row.pattern_effect > 1e-6
+    assert max(check.eager_error, check.left_padding_error, check.right_padding_error, check.batch_error) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "lies", "named"),
+    [
+        ("gemma3", {"norm": replace(GEMMA_RMS, offset=0.0)}, "score error"),
+        ("gemma2 low cap", {"score_cap": lambda attention: None}, "pattern error"),
+        ("mistral window", {"window": lambda attention: None}, "pattern error"),
+        ("gpt_oss", {"sinks": lambda attention: None}, "row sum error"),
+        ("llama gqa", {"input_norm": lambda layer: layer.post_attention_layernorm}, "score error"),
+        ("gpt_neox", {"projections": stacked("query_key_value")}, "query edit error"),
+        ("smollm3", {"rotary": load_family("llama").rotary}, "key edit error"),
+    ],
+)
+def test_a_family_file_that_lies_is_found_out(case, lies, named, word_tokenizer):
+    failures = full_check(subject_of(case, word_tokenizer, **lies)).failures()
+    assert any(named in failure for failure in failures), failures
+
+
+def test_padding_that_moves_positions_is_found_out(word_tokenizer, monkeypatch):
+    subject = subject_of("gpt2", word_tokenizer)
+    forward = subject.model.forward
+
+    def unpositioned(*args, position_ids=None, **kwargs):
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(subject.model, "forward", unpositioned)
+    assert any("left padding error" in failure for failure in full_check(subject).failures())
