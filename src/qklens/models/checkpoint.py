@@ -14,6 +14,7 @@ from typing import Any
 
 from qklens.errors import QklensError
 from qklens.files import read_json
+from qklens.models.config_check import check_readable, check_values
 from qklens.models.family import Family, family_of
 
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal", "_attn_implementation", "_experts_implementation_internal")
@@ -67,11 +68,13 @@ def inspect_checkpoint(path: Path) -> Checkpoint:
             "merge the adapter, or remove this file"
         )
     family = family_of(config, str(path))
+    layers = check_values(config, path / "config.json")
     weights = _weight_files(path)
     shapes: dict[str, list[int]] = {}
     for file in weights:
         shapes.update(_header_shapes(file))
-    _check_tensors(path, config, family, shapes)
+    _check_tensors(path, layers, family, shapes)
+    check_readable(config, path / "config.json")
     return Checkpoint(path, config, family, weights)
 
 
@@ -125,11 +128,7 @@ def _header_shapes(file: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _check_tensors(path: Path, config: dict[str, Any], family: Family, shapes: dict[str, list[int]]) -> None:
-    key = next((k for k in ("num_hidden_layers", "n_layer") if k in config), "num_hidden_layers")
-    layers = config.get(key)
-    if type(layers) is not int or layers < 1:
-        raise QklensError(f"{path / 'config.json'}: {key} is {layers!r}, expected a positive integer")
+def _check_tensors(path: Path, layers: int, family: Family, shapes: dict[str, list[int]]) -> None:
     prefix = family.tensor_prefix
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     names = (pattern.format(layer=layer) for layer in range(layers) for pattern in family.tensors)

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from qklens.errors import QklensError, nearest
+from qklens.errors import QklensError, nearest, reason
 from qklens.files import sha256_files
 from qklens.models.attention import attention_name
 from qklens.models.checkpoint import Checkpoint, inspect_checkpoint
 from qklens.models.family import Family
 from qklens.models.norms import NormMap, norm_map
 from qklens.models.projections import HeadCounts, Projection, ProjectionSide
+from qklens.models.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -157,7 +158,7 @@ def load_subject(path: Path, *, device: str = "cpu", dtype: str = "float32") -> 
     checkpoint = inspect_checkpoint(path)
     target = _device(device)
     transformers_logging.disable_progress_bar()
-    tokenizer = _load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     model = _load_model(checkpoint, DTYPES[dtype])
     rows = int(model.config.vocab_size)
     if len(tokenizer) > rows:
@@ -210,22 +211,6 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here; all mean the same to the user
-        reason = str(error).strip().splitlines()
-        raise QklensError(f"{path}: no usable tokenizer ({reason[0] if reason else type(error).__name__})") from error
-    if not tokenizer.is_fast:
-        raise QklensError(
-            f"{path}: tokenizer {type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer "
-            "(tokenizer.json): convert it with transformers"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
-
-
 def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():
@@ -240,11 +225,8 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except Exception as error:  # see _load_tokenizer
-        reason = str(error).strip().splitlines()
-        raise QklensError(
-            f"{checkpoint.path}: the model does not load ({reason[0] if reason else type(error).__name__})"
-        ) from error
+    except Exception as error:  # transformers raises many kinds here; all mean the same to the user
+        raise QklensError(f"{checkpoint.path}: the model does not load ({reason(error)})") from error
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         found = sorted(str(key) for key in info[kind] if "rotary_emb.inv_freq" not in str(key))
