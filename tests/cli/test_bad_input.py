@@ -127,6 +127,33 @@ def test_an_out_that_holds_something_else(qklens: Callable[..., Any], model: Pat
     assert tree(Path()) == {"run/thesis.tex": b"years of work"}
 
 
+def test_an_out_that_cannot_be_made(qklens: Callable[..., Any], model: Path, data: Path) -> None:
+    """Refused before the model is loaded: this one would be refused too."""
+    Path("file").write_text("mine")
+    (model / WEIGHTS).unlink()
+    for out in ("file", "file/run", "file/deep/run"):
+        ended = qklens(*STUDY, "--model", model, "--data", data, "--dictionary", "directions", "--out", out)
+        assert ended.refused().startswith(f"qklens: --out {out}: ")
+        assert "file is a file; choose another --out" in ended.err
+    assert tree(Path()) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"results": {}, "state": {}, "seconds": 0.0, "skipped": null}'])
+def test_a_damaged_stage_of_a_run(
+    qklens: Callable[..., Any], model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qklens.studies.harm_pressure.belief.run", interrupt)
+    study = (*STUDY, "--model", model, "--data", data, "--dictionary", "directions", "--out", "run")
+    assert qklens(*study).status == 130
+    result = Path("run/stages/behaviour/result.json")
+    result.write_text(content)
+    line = qklens(*study).refused()
+    assert line == f"qklens: {result}: is not what the stage wrote; remove {result.parent} to run the stage again"
+
+
 def test_a_full_disk(qklens: Callable[..., Any], model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -149,17 +149,25 @@ def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
 
 
 @pytest.mark.parametrize("field", [key for key in ROW if key != "severity"])
-@pytest.mark.parametrize("value", [5, None, True, ["a"], {"a": 1}])
-def test_a_field_of_wrong_type_is_named(tmp_path: Path, field: str, value: object) -> None:
-    assert f"line 2: field {field!r}: Input should be a valid string" in refusal(
-        jsonl(tmp_path, ROW, other(2, **{field: value}))
-    )
+@pytest.mark.parametrize(
+    ("value", "shown"), [(5, "5"), (None, "null"), (True, "true"), (["a"], '["a"]'), ({"a": 1}, '{"a": 1}')]
+)
+def test_a_field_of_wrong_type_is_named(tmp_path: Path, field: str, value: object, shown: str) -> None:
+    line = refusal(jsonl(tmp_path, ROW, other(2, **{field: value})))
+    assert line.endswith(f"line 2: field {field!r}: is {shown}; expected text")
+
+
+def test_a_long_value_of_wrong_type_is_shortened(tmp_path: Path) -> None:
+    line = refusal(jsonl(tmp_path, {**ROW, "harmful_intent": ["I want to burn it."] * 50}))
+    assert "field 'harmful_intent': is [" in line
+    assert line.endswith("...; expected text")
+    assert line.count("I want to burn it.") < 5
 
 
 @pytest.mark.parametrize("value", ["extreme", "Mild", "", 1])
 def test_an_unknown_severity_is_named(tmp_path: Path, value: object) -> None:
     line = refusal(jsonl(tmp_path, other(1, severity=value)))
-    assert "line 1: field 'severity': Input should be 'mild' or 'severe'" in line
+    assert f"line 1: field 'severity': is {json.dumps(value)}; expected 'mild' or 'severe'" in line
 
 
 @pytest.mark.parametrize("value", ["", "   ", "\t"])

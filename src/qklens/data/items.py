@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import textwrap
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from qklens.strict import Strict
 
 SHIPPED = ("harm_pressure", "symptoms", "fraud")
 DEFAULT_BENIGN_INTENT = "I want to learn something new about this today."
+_SHOWN = 60
 _REQUIRED = ("question", "correct", "incorrect", "harmful_intent")
 
 
@@ -174,5 +176,14 @@ def _item(where: str, line: int, row: dict[str, Any]) -> Item:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "options"
-        message = first["msg"].removeprefix("Value error, ")
+        message = _complaint(first["type"], first["msg"], first["input"])
         raise QklensError(f"{where}: line {line}: field {field!r}: {message}") from error
+
+
+def _complaint(kind: str, message: str, found: object) -> str:
+    """What pydantic found wrong, with the value that it leaves out of its message."""
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    shown = textwrap.shorten(json.dumps(found, ensure_ascii=False), _SHOWN, placeholder=" ...")
+    expected = "text" if kind == "string_type" else message.removeprefix("Input should be ")
+    return f"is {shown}; expected {expected}"

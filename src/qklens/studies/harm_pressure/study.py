@@ -38,7 +38,7 @@ from qklens.studies.harm_pressure import (
     zscores,
 )
 from qklens.studies.harm_pressure.lab import MIN_ITEMS, Lab
-from qklens.studies.journal import Journal, StageOutput
+from qklens.studies.journal import Journal, StageOutput, check_folder
 from qklens.studies.letters import choose_letter_form
 from qklens.studies.progress import StageProgress
 from qklens.studies.resources import Resources, resolve
@@ -158,6 +158,7 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     Raises:
         QklensError: bad input of any kind; nothing is half-written.
     """
+    check_folder(config.out)
     torch.manual_seed(config.seed)
     resources = resolve(config)
     dataset = _sample(load_dataset(config.data), config)
@@ -174,6 +175,7 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
     hashes[subject.name] = sha256_files(list(inspect_checkpoint(resources.model).files))
     journal = Journal(config.out, _manifest(config, lab, source.sha256 if source else "directions", hashes, command))
+    kept = {stage.name: journal.load(stage.name) for stage in STAGES}
     if source is None:
         lab.source = lab.fit_directions()
     else:
@@ -183,7 +185,9 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     progress = StageProgress(len(STAGES), quiet=quiet)
     with _threads_for(subject), progress.running():
         for stage in STAGES:
-            run.done[stage.name] = _run_stage(stage, run, journal, progress)
+            before = kept[stage.name]
+            run.done[stage.name] = before or _run_stage(stage, run, journal, progress)
+            progress.end(stage.name, run.done[stage.name].seconds, _note(run.done[stage.name], before))
     results = _collect(run)
     write_json(config.out / "results.json", results.model_dump(mode="json", by_alias=True))
     return results, journal.manifest
@@ -201,10 +205,6 @@ def _threads_for(subject: Subject) -> Iterator[None]:
 
 
 def _run_stage(stage: Stage, run: _Run, journal: Journal, progress: StageProgress) -> StageOutput:
-    kept = journal.load(stage.name)
-    if kept is not None:
-        progress.end(stage.name, 0.0, "done before")
-        return kept
     progress.begin(stage.name)
     started = time.perf_counter()
     if stage.needs_solved and not run.done["behaviour"].state["solved"]:
@@ -213,8 +213,11 @@ def _run_stage(stage: Stage, run: _Run, journal: Journal, progress: StageProgres
         output = stage.run(run)
     output = output.model_copy(update={"seconds": time.perf_counter() - started})
     journal.save(stage.name, output)
-    progress.end(stage.name, output.seconds, f"skipped: {output.skipped}" if output.skipped else "")
     return output
+
+
+def _note(output: StageOutput, before: StageOutput | None) -> str:
+    return "done before" if before else f"skipped: {output.skipped}" if output.skipped else ""
 
 
 def _sample(dataset: Dataset, config: StudyConfig) -> Dataset:
