@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from qklens.studies.resources import organism_folder
 from tiny_folders import WEIGHTS, edit_tensors, tree
 
 STUDY = ("study", "harm-pressure")
@@ -152,6 +153,15 @@ def test_a_damaged_stage_of_a_run(
     result.write_text(content)
     line = qklens(*study).refused()
     assert line == f"qklens: {result}: is not what the stage wrote; remove {result.parent} to run the stage again"
+
+
+def test_a_dictionary_of_another_model(qklens: Callable[..., Any], model: Path, data: Path) -> None:
+    shipped = organism_folder() / "dictionary"
+    line = qklens(*STUDY, "--model", model, "--data", data, "--dictionary", shipped, "--out", "run").refused()
+    assert f"{shipped / 'dictionary.json'}: its vectors have 128 dimensions, model's stream has 16" in line
+    line = qklens(*STUDY, "--model", "organism:base", "--data", data, "--dictionary", shipped, "--out", "run").refused()
+    assert f"{shipped / 'dictionary.json'}: was trained on weights with model_sha256" in line
+    assert tree(Path()) == {}
 
 
 def test_a_full_disk(qklens: Callable[..., Any], model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
