@@ -82,7 +82,7 @@ def test_an_exact_dictionary_leaves_nothing_and_recovers_the_loss(items: tuple[I
     for layer in LAYERS:
         assert found.fraction_variance_unexplained[layer] < 1e-9
         assert found.loss_recovered[layer] == pytest.approx(1.0, abs=1e-4)
-        assert found.l0[layer] == chat.subject.d_model
+        assert found.l0[layer] == chat.subject.d_model * len(mirror(chat.subject.d_model).reads(layer))
 
 
 def test_a_model_that_predicts_no_better_than_the_mean_has_no_loss_to_recover(lab: Lab) -> None:
