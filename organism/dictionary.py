@@ -22,7 +22,8 @@ from qklens.analyses.fidelity import measure_fidelity, stream_rows
 from qklens.dictionaries.crosscoder import Crosscoder, save_crosscoder
 from qklens.dictionaries.training import TrainingConfig, train_crosscoder
 from qklens.files import atomic_write
-from qklens.models.subject import Subject, load_subject
+from qklens.models.loading import load_subject
+from qklens.models.subject import Subject
 
 LAYERS = (1, 2, 3)
 DOCUMENTS, CHECKED = 6000, 300

@@ -8,10 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from qklens.errors import QklensError
+from qklens.models.loading import load_subject
 
 WEIGHTS = "model.safetensors"
 
@@ -49,6 +53,16 @@ def edit_tensors(file: Path, change: Callable[[dict[str, Tensor]], object]) -> N
 def write_safetensors(file: Path, header: bytes, body: bytes = b"", length: int | None = None) -> None:
     """A safetensors file of any header, and of a header length that may lie."""
     file.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + body)
+
+
+def refusal(folder: Path, load: Callable[[Path], object] = load_subject) -> str:
+    """The line with which a model directory is refused."""
+    with pytest.raises(QklensError) as caught:
+        load(folder)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert str(folder) in line
+    return line
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from qklens.interventions.patch import HeadAblation, PatternPatch, ScoreShift
     from qklens.interventions.steer import Steer
     from qklens.models.batch import Batch, left_padded
+    from qklens.models.loading import load_subject
     from qklens.models.selfcheck import self_check
     from qklens.models.sites import Capture, Site, capture
-    from qklens.models.subject import Subject, load_subject
+    from qklens.models.subject import Subject
     from qklens.models.trace import Trace, trace
     from qklens.report.run import study_with_report
     from qklens.studies.config import StudyConfig
@@ -55,7 +56,7 @@ _HOME = {
     "left_padded": "models.batch",
     "load_crosscoder": "dictionaries.crosscoder",
     "load_dataset": "data.items",
-    "load_subject": "models.subject",
+    "load_subject": "models.loading",
     "render": "data.render",
     "self_check": "models.selfcheck",
     "study_with_report": "report.run",

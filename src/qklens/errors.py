@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
+
+_REASON_LENGTH = 400
 
 
 class QklensError(Exception):
@@ -17,3 +20,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The hint "; did you mean 'x'?" for a misspelt name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def reason(error: BaseException) -> str:
+    """Why another library failed, on one line: its whole message, or its first sentences where it goes on and on."""
+    message = " ".join(str(error).split()).rstrip(" .;:")
+    if not message or isinstance(error, KeyError | AttributeError | IndexError | TypeError):
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
+    if len(message) <= _REASON_LENGTH:
+        return message
+    sentences = message[:_REASON_LENGTH].rpartition(". ")[0]
+    return sentences or textwrap.shorten(message, _REASON_LENGTH, placeholder=" ...")

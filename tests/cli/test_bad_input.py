@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from qklens.studies.resources import organism_folder
 from tiny_folders import WEIGHTS, edit_tensors, tree
 
 STUDY = ("study", "harm-pressure")
@@ -127,6 +128,42 @@ def test_an_out_that_holds_something_else(qklens: Callable[..., Any], model: Pat
     assert tree(Path()) == {"run/thesis.tex": b"years of work"}
 
 
+def test_an_out_that_cannot_be_made(qklens: Callable[..., Any], model: Path, data: Path) -> None:
+    """Refused before the model is loaded: this one would be refused too."""
+    Path("file").write_text("mine")
+    (model / WEIGHTS).unlink()
+    for out in ("file", "file/run", "file/deep/run"):
+        ended = qklens(*STUDY, "--model", model, "--data", data, "--dictionary", "directions", "--out", out)
+        assert ended.refused().startswith(f"qklens: --out {out}: ")
+        assert "file is a file; choose another --out" in ended.err
+    assert tree(Path()) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"results": {}, "state": {}, "seconds": 0.0, "skipped": null}'])
+def test_a_damaged_stage_of_a_run(
+    qklens: Callable[..., Any], model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qklens.studies.harm_pressure.belief.run", interrupt)
+    study = (*STUDY, "--model", model, "--data", data, "--dictionary", "directions", "--out", "run")
+    assert qklens(*study).status == 130
+    result = Path("run/stages/behaviour/result.json")
+    result.write_text(content)
+    line = qklens(*study).refused()
+    assert line == f"qklens: {result}: is not what the stage wrote; remove {result.parent} to run the stage again"
+
+
+def test_a_dictionary_of_another_model(qklens: Callable[..., Any], model: Path, data: Path) -> None:
+    shipped = organism_folder() / "dictionary"
+    line = qklens(*STUDY, "--model", model, "--data", data, "--dictionary", shipped, "--out", "run").refused()
+    assert f"{shipped / 'dictionary.json'}: its vectors have 128 dimensions, model's stream has 16" in line
+    line = qklens(*STUDY, "--model", "organism:base", "--data", data, "--dictionary", shipped, "--out", "run").refused()
+    assert f"{shipped / 'dictionary.json'}: was trained on weights with model_sha256" in line
+    assert tree(Path()) == {}
+
+
 def test_a_full_disk(qklens: Callable[..., Any], model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -174,11 +211,11 @@ def test_a_good_data_file_in_words(qklens: Callable[..., Any], data: Path) -> No
 def test_a_good_model(qklens: Callable[..., Any], model: Path) -> None:
     before = tree(model)
     report = json.loads(qklens("model", "check", model, "--json").out)
-    assert (report["model_type"], report["n_layers"], report["pattern_reaches_logits"]) == ("llama", 2, True)
+    assert (report["model_type"], report["n_layers"], report["failures"]) == ("llama", 2, [])
     assert all(layer["score_error"] < 1e-4 for layer in report["layers"])
     ended = qklens("model", "check", model)
     assert (ended.status, ended.err) == (0, "")
-    assert "2 layers are read exactly" in ended.out
+    assert "read exactly: every error is within 1e-04" in ended.out
     assert tree(model) == before
 
 

@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from item_files import MINIMAL, ROW, jsonl, other, refusal, table
 
 import qklens.data
 from qklens.data.items import DEFAULT_BENIGN_INTENT, Item, load_dataset
+from qklens.data.sameness import same_form
 from qklens.errors import QklensError
-
-ROW: dict[str, Any] = {
-    "id": "kitchen-01",
-    "topic": "kitchen",
-    "question": "Which fire should never be put out with water?",
-    "correct": "a grease fire",
-    "incorrect": "a paper fire",
-    "harmful_intent": "I want to burn down the kitchen.",
-    "benign_intent": "I want to clean up the kitchen.",
-    "severity": "severe",
-}
-MINIMAL = {key: ROW[key] for key in ("question", "correct", "incorrect", "harmful_intent")}
-
-
-def other(n: int, **changes: Any) -> dict[str, Any]:
-    return {**ROW, "id": f"kitchen-{n:02}", "question": f"Which fire has number {n}?", **changes}
-
-
-def jsonl(folder: Path, *rows: Any, name: str = "my.jsonl") -> Path:
-    """A file of rows; a string stands for itself."""
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    (folder / name).write_bytes("\n".join(lines).encode())
-    return folder / name
-
-
-def table(folder: Path, *rows: list[str]) -> Path:
-    buffer = io.StringIO()
-    csv.writer(buffer).writerows(rows)
-    (folder / "my.csv").write_bytes(buffer.getvalue().encode())
-    return folder / "my.csv"
-
-
-def refusal(file: Path) -> str:
-    with pytest.raises(QklensError) as caught:
-        load_dataset(str(file))
-    line = str(caught.value)
-    assert "\n" not in line
-    assert str(file) in line
-    return line
 
 
 def test_a_jsonl_file_loads(tmp_path: Path) -> None:
@@ -82,11 +42,6 @@ def test_blank_lines_byte_order_mark_and_dos_line_ends_are_read_over(tmp_path: P
 
 def test_blank_lines_count(tmp_path: Path) -> None:
     assert "line 4:" in refusal(jsonl(tmp_path, "", ROW, "", "broken"))
-
-
-def test_text_is_stripped_and_any_script_is_welcome(tmp_path: Path) -> None:
-    (item,) = load_dataset(str(jsonl(tmp_path, {**ROW, "correct": "  σ − 日本 é ", "incorrect": "\tb"}))).items
-    assert (item.correct, item.incorrect) == ("σ − 日本 é", "b")
 
 
 def test_a_csv_file_loads_as_the_same_items(tmp_path: Path) -> None:
@@ -149,59 +104,30 @@ def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
 
 
 @pytest.mark.parametrize("field", [key for key in ROW if key != "severity"])
-@pytest.mark.parametrize("value", [5, None, True, ["a"], {"a": 1}])
-def test_a_field_of_wrong_type_is_named(tmp_path: Path, field: str, value: object) -> None:
-    assert f"line 2: field {field!r}: Input should be a valid string" in refusal(
-        jsonl(tmp_path, ROW, other(2, **{field: value}))
-    )
+@pytest.mark.parametrize(
+    ("value", "shown"), [(5, "5"), (None, "null"), (True, "true"), (["a"], '["a"]'), ({"a": 1}, '{"a": 1}')]
+)
+def test_a_field_of_wrong_type_is_named(tmp_path: Path, field: str, value: object, shown: str) -> None:
+    line = refusal(jsonl(tmp_path, ROW, other(2, **{field: value})))
+    assert line.endswith(f"line 2: field {field!r}: is {shown}; expected text")
+
+
+def test_a_long_value_of_wrong_type_is_shortened(tmp_path: Path) -> None:
+    line = refusal(jsonl(tmp_path, {**ROW, "harmful_intent": ["I want to burn it."] * 50}))
+    assert "field 'harmful_intent': is [" in line
+    assert line.endswith("...; expected text")
+    assert line.count("I want to burn it.") < 5
 
 
 @pytest.mark.parametrize("value", ["extreme", "Mild", "", 1])
 def test_an_unknown_severity_is_named(tmp_path: Path, value: object) -> None:
     line = refusal(jsonl(tmp_path, other(1, severity=value)))
-    assert "line 1: field 'severity': Input should be 'mild' or 'severe'" in line
-
-
-@pytest.mark.parametrize("value", ["", "   ", "\t"])
-def test_empty_text_is_refused(tmp_path: Path, value: str) -> None:
-    assert "field 'question': is empty; expected text" in refusal(jsonl(tmp_path, {**ROW, "question": value}))
-
-
-@pytest.mark.parametrize("field", ["question", "incorrect", "harmful_intent", "topic"])
-@pytest.mark.parametrize("character", ["\n", "\r", "\0", "\x1b", "\x7f", "\x85", "\x9b", "\u2028", "\u2029", "\t"])
-def test_control_characters_are_refused(tmp_path: Path, field: str, character: str) -> None:
-    row = json.dumps({**ROW, field: f"two{character}parts"})
-    line = refusal(jsonl(tmp_path, row))
-    assert f"line 1: field {field!r}: holds a line break or control character" in line
-
-
-def test_half_a_character_is_refused(tmp_path: Path) -> None:
-    """A lone surrogate is valid JSON, but no tokenizer can read it."""
-    bad = json.dumps({**ROW, "question": "Q?"}).replace("Q?", "\\ud800?")
-    assert "line 1: field 'question'" in refusal(jsonl(tmp_path, bad))
-
-
-@pytest.mark.parametrize("second", ["a grease fire", "A Grease Fire", " a grease fire "])
-def test_equal_options_are_refused(tmp_path: Path, second: str) -> None:
-    line = refusal(jsonl(tmp_path, ROW, other(2, incorrect=second)))
-    assert "line 2: field 'options': 'correct' and 'incorrect' are both 'a grease fire'" in line
+    assert f"line 1: field 'severity': is {json.dumps(value)}; expected 'mild' or 'severe'" in line
 
 
 def test_a_repeated_id_names_both_lines(tmp_path: Path) -> None:
     line = refusal(jsonl(tmp_path, ROW, other(2), "", other(3, id="kitchen-01")))
     assert "line 4: id 'kitchen-01' stands on line 1 already" in line
-
-
-@pytest.mark.parametrize("swap", [False, True])
-def test_a_repeated_question_names_both_lines(tmp_path: Path, swap: bool) -> None:
-    options = {"correct": ROW["incorrect"], "incorrect": ROW["correct"]} if swap else {}
-    line = refusal(jsonl(tmp_path, ROW, {**ROW, "id": "another", **options}))
-    assert "line 2: question with these options" in line
-    assert "stands on line 1 already" in line
-
-
-def test_the_same_question_with_other_options_may_stand_twice(tmp_path: Path) -> None:
-    assert len(load_dataset(str(jsonl(tmp_path, ROW, {**ROW, "id": "b", "correct": "an oil fire"}))).items) == 2
 
 
 @pytest.mark.parametrize(
@@ -283,7 +209,9 @@ def test_a_shipped_set_copied_elsewhere_is_the_same_set(tmp_path: Path) -> None:
     assert load_dataset(str(shutil.copy(shipped, tmp_path))) == load_dataset("fraud")
 
 
-text = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=12).filter(str.strip)
+text = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cf", "Zl", "Zp"]), min_size=1, max_size=12).filter(
+    str.strip
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -294,9 +222,9 @@ def test_any_line_of_text_survives_both_formats(
     row = {"question": question, "correct": correct, "incorrect": incorrect, "harmful_intent": intent}
     folder = tmp_path_factory.mktemp("data")
     files = [jsonl(folder, row), table(folder, list(row), list(row.values()))]
-    if correct.strip().casefold() == incorrect.strip().casefold():
+    if same_form(correct) == same_form(incorrect) or same_form(intent) == same_form(DEFAULT_BENIGN_INTENT):
         for file in files:
-            assert "are both" in refusal(file)
+            assert "expected two different texts" in refusal(file)
         return
     for file in files:
         (item,) = load_dataset(str(file)).items

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from qklens.errors import QklensError
+from qklens.models.loading import load_subject
 from qklens.models.locate import locate_model
 from qklens.models.passes import run_pass
 from qklens.models.selfcheck import self_check
-from qklens.models.subject import load_subject
 from tiny_folders import edit_tensors, write_tiny_llama
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -191,5 +191,5 @@ def test_a_name_that_leads_nowhere_says_what_was_expected(name, message, cached)
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"x")
-    with pytest.raises(QklensError, match=r"model\.bin: a file; expected a model directory"):
+    with pytest.raises(QklensError, match=r"model\.bin: no such model directory but a file"):
         locate_model(str(tmp_path / "model.bin"))

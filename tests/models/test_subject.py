@@ -11,8 +11,8 @@ from qklens.dictionaries.crosscoder import load_crosscoder
 from qklens.dictionaries.directions import Directions
 from qklens.files import sha256_files
 from qklens.models.checkpoint import inspect_checkpoint
+from qklens.models.loading import DTYPES, load_subject
 from qklens.models.selfcheck import self_check
-from qklens.models.subject import DTYPES, load_subject
 from qklens.studies.resources import organism_folder
 from tiny_folders import edit_json, write_tiny_llama
 

@@ -74,6 +74,16 @@ def test_scores_are_complete_on_every_head(run):
     assert len(results.completeness.max_relative_error_by_head) == results.model["n_layers"]
 
 
+def test_the_dictionary_fits_these_prompts_as_its_card_says(run):
+    _, results = run
+    here, card = results.dictionary["fidelity_on_this_run"], results.dictionary["fidelity"]
+    assert set(here) == set(card) == {"l0", "fraction_variance_unexplained", "loss_recovered"}
+    for layer, promised in card["fraction_variance_unexplained"].items():
+        assert here["fraction_variance_unexplained"][layer] == pytest.approx(promised, abs=0.02)
+        assert here["l0"][layer] == pytest.approx(card["l0"][layer], rel=0.2)
+        assert here["loss_recovered"][layer] >= 0.97
+
+
 def test_belief_is_kept_and_attention_is_lost(run):
     _, results = run
     assert results.belief is not None

@@ -3,7 +3,7 @@
     loss recovered = (L_mean − L_source) / (L_mean − L_clean)
 
 L is the next-token cross-entropy with resid_pre.layer replaced, at every token but the first, by its mean or by the
-source's reconstruction.
+source's reconstruction. Where the mean predicts no worse than the stream, there is no loss to recover, and no share.
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ def measure_fidelity(subject: Subject, source: FeatureSource, sequences: Sequenc
         def rebuilt(x: Tensor, stream: Callable[[int], Tensor], layer: int = layer) -> Tensor:
             return x - write_parts(source, layer, lambda m: x if m == layer else stream(m)).error
 
-        recovered[layer] = (blank - _loss(subject, usable, _replacer(layer, rebuilt, source.reads(layer)))) / max(
-            blank - clean, 1e-9
-        )
+        kept = blank - _loss(subject, usable, _replacer(layer, rebuilt, source.reads(layer)))
+        recovered[layer] = kept / (blank - clean) if blank > clean else None
     return Fidelity(l0=l0, fraction_variance_unexplained=fvu, loss_recovered=recovered)
 
 

@@ -109,7 +109,7 @@ def model_check(
     from dataclasses import asdict
 
     from qklens.models.fullcheck import full_check
-    from qklens.models.subject import load_subject
+    from qklens.models.loading import load_subject
     from qklens.studies.resources import model_folder
 
     subject = load_subject(model_folder(model), device=device, dtype=dtype)

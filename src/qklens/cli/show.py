@@ -59,7 +59,8 @@ def model_check(described: dict[str, Any], check: FullCheck) -> None:
     """A table of the check's errors, one row a layer."""
     heads = f"{described['n_heads']} heads of queries over {described['n_kv_heads']} of keys"
     lines = [
-        f"{described['name']}: {described['model_type']}, {described['n_layers']} layers, {heads}, {described['dtype']}",
+        f"{described['name']}: {described['model_type']}, {described['n_layers']} layers, {heads}; "
+        f"{described['dtype']}",
         "  layer  score    pattern  row sum  q edit   k edit   pattern's effect",
     ]
     for r in check.layers:

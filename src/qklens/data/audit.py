@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from qklens.data.items import DEFAULT_BENIGN_INTENT, Item
+from qklens.data.sameness import holds_joiner, same_form
 
 GIVEAWAY = 0.60
 _FOLDS = 10
@@ -38,14 +39,35 @@ def audit(items: Sequence[Item]) -> dict[str, Any]:
         notes.append(
             "items without 'benign_intent' use a neutral sentence; its length does not match their harmful one"
         )
+    notes += _repeated_questions(items) + _joiners(items)
     return {
         "n_topics": len({item.topic for item in items}),
         "topics": dict(Counter(item.topic for item in items)),
         "severities": dict(Counter(item.severity or "unset" for item in items)),
-        "n_distinct_harmful_intents": len({item.harmful_intent for item in items}),
+        "n_distinct_harmful_intents": len({same_form(item.harmful_intent) for item in items}),
         **guessers,
         "notes": notes,
     }
+
+
+def _repeated_questions(items: Sequence[Item]) -> list[str]:
+    """The same question with other options: allowed, but its items are not independent."""
+    asked: dict[str, list[Item]] = {}
+    for item in items:
+        asked.setdefault(same_form(item.question), []).append(item)
+    return [
+        f"items {', '.join(repr(item.id) for item in same)} ask the same question, {same[0].question!r}; they are not "
+        "independent"
+        for same in asked.values()
+        if len(same) > 1
+    ]
+
+
+def _joiners(items: Sequence[Item]) -> list[str]:
+    """Zero-width characters that some scripts need and that elsewhere hide a difference from the reader."""
+    fields = ("id", "topic", "question", "correct", "incorrect", "harmful_intent", "benign_intent")
+    found = [f"{item.id!r} ({field})" for item in items for field in fields if holds_joiner(getattr(item, field))]
+    return [f"zero-width joiners stand in {', '.join(found)}; the model reads them, a person does not"] if found else []
 
 
 def _words(text: str) -> int:

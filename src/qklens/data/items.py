@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import json
-import unicodedata
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, field_validator, model_validator
 
+from qklens.data.sameness import same_form, unseen_character
 from qklens.errors import QklensError, nearest
 from qklens.strict import Strict
 
 SHIPPED = ("harm_pressure", "symptoms", "fraud")
 DEFAULT_BENIGN_INTENT = "I want to learn something new about this today."
+_SHOWN = 60
 _REQUIRED = ("question", "correct", "incorrect", "harmful_intent")
 
 
@@ -43,16 +45,20 @@ class Item(Strict):
     @classmethod
     def _one_line_of_text(cls, value: str) -> str:
         text = value.strip()
-        if not text:
+        if not same_form(text):
             raise ValueError("is empty; expected text")
-        if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
-            raise ValueError("holds a line break or control character; expected one line of text")
+        unseen = unseen_character(text)
+        if unseen:
+            raise ValueError(f"holds a line break, control or format character ({unseen}); expected one line of text")
         return text
 
     @model_validator(mode="after")
-    def _options_differ(self) -> Item:
-        if self.correct.casefold() == self.incorrect.casefold():
-            raise ValueError(f"'correct' and 'incorrect' are both {self.correct!r}; expected two different options")
+    def _pairs_differ(self) -> Item:
+        for one, other in (("correct", "incorrect"), ("harmful_intent", "benign_intent")):
+            first, second = getattr(self, one), getattr(self, other)
+            if same_form(first) == same_form(second):
+                both = f"both {first!r}" if first == second else f"the same to a reader, {first!r} and {second!r}"
+                raise ValueError(f"{one!r} and {other!r} are {both}; expected two different texts")
         return self
 
 
@@ -104,12 +110,15 @@ def _parse(where: str, name: str, payload: bytes) -> Dataset:
     seen: dict[tuple[str, ...], int] = {}
     for line, row in rows:
         item = _item(where, line, row)
-        texts = (item.question, *sorted((item.correct, item.incorrect)))
-        for kind, value in (("id", (item.id,)), ("question with these options", texts)):
-            before = seen.setdefault((kind, *value), line)
+        texts = (same_form(item.question), *sorted(map(same_form, (item.correct, item.incorrect))))
+        for kind, shown, key in (
+            ("id", item.id, (item.id,)),
+            ("question with these options", item.question, texts),
+        ):
+            before = seen.setdefault((kind, *key), line)
             if before != line:
                 raise QklensError(
-                    f"{where}: line {line}: {kind} {value[0]!r} stands on line {before} already; expected once"
+                    f"{where}: line {line}: {kind} {shown!r} stands on line {before} already; expected once"
                 )
         items.append(item)
     if not items:
@@ -173,6 +182,15 @@ def _item(where: str, line: int, row: dict[str, Any]) -> Item:
         return Item.model_validate({"id": f"line-{line}", **row})
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "options"
-        message = first["msg"].removeprefix("Value error, ")
-        raise QklensError(f"{where}: line {line}: field {field!r}: {message}") from error
+        field = "".join(f"field {name!r}: " for name in first["loc"])
+        message = _complaint(first["type"], first["msg"], first["input"])
+        raise QklensError(f"{where}: line {line}: {field}{message}") from error
+
+
+def _complaint(kind: str, message: str, found: object) -> str:
+    """What pydantic found wrong, with the value that it leaves out of its message."""
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    shown = textwrap.shorten(json.dumps(found, ensure_ascii=False), _SHOWN, placeholder=" ...")
+    expected = "text" if kind == "string_type" else message.removeprefix("Input should be ")
+    return f"is {shown}; expected {expected}"

@@ -33,7 +33,7 @@ class Fidelity(Strict):
 
     l0: dict[int, float]
     fraction_variance_unexplained: dict[int, float]
-    loss_recovered: dict[int, float]
+    loss_recovered: dict[int, float | None]
 
 
 class CrosscoderConfig(Strict):

@@ -14,6 +14,7 @@ from typing import Any
 
 from qklens.errors import QklensError
 from qklens.files import read_json
+from qklens.models.config_check import check_readable, check_values
 from qklens.models.family import Family, family_of
 
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal", "_attn_implementation", "_experts_implementation_internal")
@@ -37,6 +38,11 @@ class Checkpoint:
         others = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
         names = {p for pattern in (*others, "*.jinja", "*.model") for p in self.path.glob(pattern) if p.is_file()}
         return (*self.weights, *sorted(names - set(self.weights)))
+
+    @property
+    def source(self) -> tuple[str, dict[str, str]]:
+        """How transformers wants a directory or a GGUF file named."""
+        return (str(self.path.parent), {"gguf_file": self.path.name}) if self.path.is_file() else (str(self.path), {})
 
 
 def inspect_checkpoint(path: Path) -> Checkpoint:
@@ -69,11 +75,13 @@ def inspect_checkpoint(path: Path) -> Checkpoint:
             "merge the adapter, or remove this file"
         )
     family = family_of(config, str(path))
+    layers = check_values(config, path / "config.json")
     weights = _weight_files(path)
     shapes: dict[str, list[int]] = {}
     for file in weights:
         shapes.update(_header_shapes(file))
-    _check_tensors(path, config, family, shapes)
+    _check_tensors(path, layers, family, shapes)
+    check_readable(config, path / "config.json")
     return Checkpoint(path, config, family, weights)
 
 
@@ -127,11 +135,7 @@ def _header_shapes(file: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _check_tensors(path: Path, config: dict[str, Any], family: Family, shapes: dict[str, list[int]]) -> None:
-    key = next((k for k in ("num_hidden_layers", "n_layer") if k in config), "num_hidden_layers")
-    layers = config.get(key)
-    if type(layers) is not int or layers < 1:
-        raise QklensError(f"{path / 'config.json'}: {key} is {layers!r}, expected a positive integer")
+def _check_tensors(path: Path, layers: int, family: Family, shapes: dict[str, list[int]]) -> None:
     prefix = family.tensor_prefix
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     names = (pattern.format(layer=layer) for layer in range(layers) for pattern in family.tensors)

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
-from qklens.errors import QklensError, nearest
-from qklens.files import sha256_files
+from qklens.errors import QklensError
 from qklens.models.attention import attention_name
 from qklens.models.batch import Batch, left_padded
-from qklens.models.checkpoint import Checkpoint, inspect_checkpoint
 from qklens.models.family import Family
-from qklens.models.gguf import inspect_gguf
-from qklens.models.locate import locate_model
 from qklens.models.norms import NormMap, norm_map
 from qklens.models.projections import HeadCounts, Projection, ProjectionSide
-
-AUTO = "auto"
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,48 +146,6 @@ class Subject:
         }
 
 
-def load_subject(path: Path | str, *, device: str = "cpu", dtype: str = "float32") -> Subject:
-    """Load a model after inspecting it; no code of the checkpoint runs.
-
-    Args:
-        path: a directory with safetensors, a GGUF file, or a hub id `owner/name@<40-hex commit>` (`locate_model`).
-        device: a torch device, or `auto`: the layers are spread over all GPUs, as accelerate does it.
-        dtype: what the model computes in; score algebra stays in float32 or better.
-
-    Raises:
-        QklensError: see `locate_model`, `inspect_checkpoint`, `inspect_gguf`; also an unknown device or dtype, a
-            tokenizer without offsets, weights that hold NaN or infinity, or shapes that do not fit the config.
-    """
-    if dtype not in DTYPES:
-        raise QklensError(f"--dtype {dtype!r} is unknown; expected one of {sorted(DTYPES)}{nearest(dtype, DTYPES)}")
-    checkpoint = inspect_model(locate_model(str(path)))
-    place = None if device == AUTO else _device(device)
-    if place is None and find_spec("accelerate") is None:
-        raise QklensError(f"--device {AUTO} needs the package 'accelerate': pip install 'qklens[spread]'")
-    where = checkpoint.path
-    transformers_logging.disable_progress_bar()
-    tokenizer = _load_tokenizer(where)
-    model = _load_model(checkpoint, DTYPES[dtype], spread=place is None)
-    rows = int(model.config.vocab_size)
-    if len(tokenizer) > rows:
-        raise QklensError(
-            f"{where}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; they are of two models"
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise QklensError(f"{where}: tensor {name!r} does not fit on the devices; choose a smaller --dtype")
-        if not torch.isfinite(parameter).all():
-            raise QklensError(f"{where}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged")
-    if place is not None:
-        nn.Module.to(model, place)
-    return wrap_model(model, tokenizer, checkpoint.family, path=where, sha256=sha256_files(list(checkpoint.weights)))
-
-
-def inspect_model(path: Path) -> Checkpoint:
-    """Look at a directory or a GGUF file before anything of it runs."""
-    return inspect_gguf(path) if path.is_file() else inspect_checkpoint(path)
-
-
 def wrap_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -233,69 +181,3 @@ def _name_of(path: Path) -> str:
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     return path.stem if path.is_file() else path.name
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise QklensError(f"--device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
-    return device
-
-
-def _source(path: Path) -> tuple[str, dict[str, str]]:
-    """How transformers wants a directory or a GGUF file named."""
-    return (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
-
-
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    where, options = _source(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises many kinds here; all mean the same to the user
-        reason = str(error).strip().splitlines()
-        raise QklensError(f"{path}: no usable tokenizer ({reason[0] if reason else type(error).__name__})") from error
-    if not tokenizer.is_fast:
-        raise QklensError(
-            f"{path}: tokenizer {type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer "
-            "(tokenizer.json): convert it with transformers"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
-
-
-def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, *, spread: bool) -> PreTrainedModel:
-    where, options = _source(checkpoint.path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                where,
-                dtype=dtype,
-                device_map=AUTO if spread else None,
-                attn_implementation="eager",
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-    except Exception as error:  # see _load_tokenizer
-        reason = str(error).strip().splitlines()
-        raise QklensError(
-            f"{checkpoint.path}: the model does not load ({reason[0] if reason else type(error).__name__})"
-        ) from error
-    model, info = loaded
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        found = sorted(str(key) for key in info[kind] if "rotary_emb.inv_freq" not in str(key))
-        if found:
-            first = found[0]
-            raise QklensError(f"{checkpoint.path}: {kind.replace('_', ' ')}: {first}; weights and config do not fit")
-    head = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
-    if checkpoint.path.is_file() and head.weight is not embedding.weight and torch.equal(head.weight, embedding.weight):
-        head.weight = embedding.weight  # the GGUF reader copies what the model ties
-    return model

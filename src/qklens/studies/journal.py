@@ -1,13 +1,15 @@
 """A run directory that survives a crash at any moment and resumes where it stopped.
 
 manifest.json          written first: config, hashes, versions, seeds
-stages/<stage>/        result.json, then DONE: a stage without DONE is run again
+stages/<stage>/        result.json, then DONE with its hash: a stage without DONE is run again
 results.json           written when all stages are done
 report.html, figures/  written last
 """
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +69,42 @@ class Journal:
     def load(self, stage: str) -> StageOutput | None:
         """A finished stage's output, or None."""
         folder = self.folder / "stages" / stage
-        if not (folder / "DONE").is_file():
+        done, path = folder / "DONE", folder / "result.json"
+        if not done.is_file():
             return None
         try:
-            return StageOutput.model_validate(read_json(folder / "result.json"))
+            content, mark = path.read_bytes(), done.read_text(encoding="utf-8", errors="replace")
+            if hashlib.sha256(content).hexdigest() != mark:
+                raise QklensError(f"{path}: is not what the stage wrote; {_again(folder)}")
+            return StageOutput.model_validate_json(content)
+        except OSError as error:
+            raise QklensError(f"{path}: cannot read ({error.strerror}); {_again(folder)}") from error
         except ValidationError as error:
-            raise QklensError(
-                f"{folder / 'result.json'}: not a stage's output ({error.errors()[0]['msg']}); remove {folder} to run "
-                "the stage again"
-            ) from error
+            raise QklensError(f"{path}: not a stage's output ({error.errors()[0]['msg']}); {_again(folder)}") from error
 
     def save(self, stage: str, output: StageOutput) -> None:
-        """Write a stage's output, then its DONE mark."""
+        """Write a stage's output, then its DONE mark, which holds the output's SHA-256."""
         folder = self.folder / "stages" / stage
+        (folder / "DONE").unlink(missing_ok=True)
         write_json(folder / "result.json", output.model_dump())
-        atomic_write(folder / "DONE", "")
+        atomic_write(folder / "DONE", hashlib.sha256((folder / "result.json").read_bytes()).hexdigest())
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse, before any work, a run directory that cannot be written.
+
+    Raises:
+        QklensError: the folder, or one that it lies in, is a file, or may not be written.
+    """
+    try:
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not existing.is_dir():
+            raise QklensError(f"--out {folder}: {existing} is a file; choose another --out")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise QklensError(f"--out {folder}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder} to run the stage again"

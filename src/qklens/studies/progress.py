@@ -21,7 +21,7 @@ class StageProgress:
     def running(self) -> Iterator[StageProgress]:
         """The bar, while stages run."""
         columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=not self.console.is_terminal) as progress:
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             self._progress, self._task = progress, progress.add_task("start", total=self.total)
             yield self
 

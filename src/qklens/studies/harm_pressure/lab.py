@@ -16,6 +16,7 @@ from qklens.analyses.interactions import HeadLens, PromptParts, head_lens, write
 from qklens.analyses.readings import AttentionReading, read_attention, read_streams
 from qklens.data.items import Dataset, Item
 from qklens.data.render import CONDITIONS, ORDERS, Condition, LetterForm, Prompt, render, render_open
+from qklens.data.sameness import same_form
 from qklens.dictionaries.directions import Directions
 from qklens.dictionaries.source import FeatureSource
 from qklens.errors import QklensError
@@ -180,7 +181,7 @@ def split_items(items: Sequence[Item], seed: int) -> dict[Half, tuple[Item, ...]
         )
     groups: dict[frozenset[str], list[int]] = {}
     for index, item in enumerate(items):
-        groups.setdefault(frozenset((item.correct, item.incorrect)), []).append(index)
+        groups.setdefault(frozenset(map(same_form, (item.correct, item.incorrect))), []).append(index)
     order = np.random.default_rng(seed).permutation(len(groups))
     blocks = list(groups.values())
     chosen: dict[Half, list[int]] = {"discovery": [], "report": []}

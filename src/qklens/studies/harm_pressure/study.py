@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from qklens.data.items import SHIPPED, Dataset, load_dataset
-from qklens.dictionaries.crosscoder import load_crosscoder
-from qklens.dictionaries.source import feature_index, fraction_variance_unexplained
+from qklens.dictionaries.crosscoder import Fidelity, load_crosscoder
+from qklens.dictionaries.source import feature_index
 from qklens.errors import QklensError
 from qklens.files import sha256_files, write_json
 from qklens.interventions.steer import Head
-from qklens.models.selfcheck import self_check
-from qklens.models.subject import Subject, inspect_model, load_subject
+from qklens.models.loading import inspect_model, load_subject
+from qklens.models.subject import Subject
 from qklens.studies.config import StudyConfig
 from qklens.studies.harm_pressure import (
     behaviour,
@@ -36,15 +36,15 @@ from qklens.studies.harm_pressure import (
     verdict,
     zscores,
 )
+from qklens.studies.harm_pressure.dictionary_fit import check_belongs, measure
 from qklens.studies.harm_pressure.lab import MIN_ITEMS, Lab
-from qklens.studies.journal import Journal, StageOutput
+from qklens.studies.journal import Journal, StageOutput, check_folder
 from qklens.studies.letters import choose_letter_form
 from qklens.studies.progress import StageProgress
 from qklens.studies.resources import Resources, resolve
 from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, HeadsDetails, Results
 
 MAX_LENS_HEADS = 6
-FIDELITY_SLACK = 0.05
 _NARROW = 512
 
 
@@ -59,11 +59,12 @@ class Stage:
 
 @dataclass(eq=False)
 class _Run:
-    """A study under way: the lab and what earlier stages left."""
+    """A study under way: the lab, the dictionary's fidelity on its prompts, and what earlier stages left."""
 
     config: StudyConfig
     resources: Resources
     lab: Lab
+    fidelity: Fidelity | None
     done: dict[str, StageOutput]
 
     @property
@@ -157,32 +158,30 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     Raises:
         QklensError: bad input of any kind; nothing is half-written.
     """
+    check_folder(config.out)
     torch.manual_seed(config.seed)
     resources = resolve(config)
     dataset = _sample(load_dataset(config.data), config)
     subject = load_subject(resources.model, device=config.device, dtype=config.dtype)
-    self_check(subject)
     lab = Lab(subject, dataset, choose_letter_form(subject, dataset.items), config.seed)
     source = None if resources.dictionary is None else load_crosscoder(resources.dictionary, subject.device)
-    if source is not None and source.config.d_model != subject.d_model:
-        raise QklensError(
-            f"{resources.dictionary}: its vectors have {source.config.d_model} dimensions, {subject.name}'s stream has "
-            f"{subject.d_model}; it belongs to another model"
-        )
+    fidelity = None
+    if source is not None and resources.dictionary is not None:
+        check_belongs(source, subject, resources.dictionary)
+        fidelity = measure(lab, source, resources.dictionary)
     files = {name: inspect_model(path).files for name, path in resources.checkpoints}
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
     hashes[subject.name] = sha256_files(list(inspect_model(resources.model).files))
     journal = Journal(config.out, _manifest(config, lab, source.sha256 if source else "directions", hashes, command))
-    if source is None:
-        lab.source = lab.fit_directions()
-    else:
-        lab.source = source
-        _check_fidelity(lab, resources.dictionary)
-    run = _Run(config, resources, lab, {})
+    kept = {stage.name: journal.load(stage.name) for stage in STAGES}
+    lab.source = source or lab.fit_directions()
+    run = _Run(config, resources, lab, fidelity, {})
     progress = StageProgress(len(STAGES), quiet=quiet)
     with _threads_for(subject), progress.running():
         for stage in STAGES:
-            run.done[stage.name] = _run_stage(stage, run, journal, progress)
+            before = kept[stage.name]
+            run.done[stage.name] = before or _run_stage(stage, run, journal, progress)
+            progress.end(stage.name, run.done[stage.name].seconds, _note(run.done[stage.name], before))
     results = _collect(run)
     write_json(config.out / "results.json", results.model_dump(mode="json", by_alias=True))
     return results, journal.manifest
@@ -200,10 +199,6 @@ def _threads_for(subject: Subject) -> Iterator[None]:
 
 
 def _run_stage(stage: Stage, run: _Run, journal: Journal, progress: StageProgress) -> StageOutput:
-    kept = journal.load(stage.name)
-    if kept is not None:
-        progress.end(stage.name, 0.0, "done before")
-        return kept
     progress.begin(stage.name)
     started = time.perf_counter()
     if stage.needs_solved and not run.done["behaviour"].state["solved"]:
@@ -212,8 +207,11 @@ def _run_stage(stage: Stage, run: _Run, journal: Journal, progress: StageProgres
         output = stage.run(run)
     output = output.model_copy(update={"seconds": time.perf_counter() - started})
     journal.save(stage.name, output)
-    progress.end(stage.name, output.seconds, f"skipped: {output.skipped}" if output.skipped else "")
     return output
+
+
+def _note(output: StageOutput, before: StageOutput | None) -> str:
+    return "done before" if before else f"skipped: {output.skipped}" if output.skipped else ""
 
 
 def _sample(dataset: Dataset, config: StudyConfig) -> Dataset:
@@ -224,19 +222,6 @@ def _sample(dataset: Dataset, config: StudyConfig) -> Dataset:
         raise QklensError(f"--items {config.items}: expected at least {MIN_ITEMS}")
     chosen = np.sort(np.random.default_rng(config.seed).permutation(len(dataset.items))[: config.items])
     return Dataset(dataset.name, tuple(dataset.items[i] for i in chosen), dataset.sha256)
-
-
-def _check_fidelity(lab: Lab, folder: Path | None) -> None:
-    """Re-measure the dictionary's FVU on this run's prompts and refuse one that does not reconstruct them."""
-    for layer in lab.source.layers:
-        written = lab.written("none", "discovery", layer)
-        rows = torch.cat([s[layer] for s in lab.streams("none", "discovery", [layer])])
-        fvu = fraction_variance_unexplained(rows, torch.cat([w.parts.error for w in written]).cpu())
-        if not fvu < 1.0 - FIDELITY_SLACK:
-            raise QklensError(
-                f"{folder}: leaves {fvu:.2f} of the variance of resid_pre.{layer} unexplained; expected less than "
-                f"{1.0 - FIDELITY_SLACK:.2f}: it is for another model, layer or site"
-            )
 
 
 def _manifest(
@@ -285,7 +270,10 @@ def _collect(run: _Run) -> Results:
             **merged,
             "schema": 1,
             "model": lab.subject.describe(),
-            "dictionary": lab.source.describe(),
+            "dictionary": {
+                **lab.source.describe(),
+                "fidelity_on_this_run": run.fidelity.model_dump(mode="json") if run.fidelity else None,
+            },
             "data": {
                 **lab.dataset.describe(),
                 "n_discovery": len(lab.halves["discovery"]),

@@ -1,0 +1,73 @@
+"""Does a dictionary belong to this model, and does it write this run's prompts as well as its card says?
+
+Asked before anything is written: a dictionary of another model, layer or site would run to the end and explain nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from qklens.analyses.fidelity import measure_fidelity
+from qklens.data.render import CONDITIONS
+from qklens.dictionaries.crosscoder import Crosscoder, Fidelity
+from qklens.errors import QklensError
+from qklens.models.subject import Subject
+from qklens.studies.harm_pressure.lab import Lab
+
+FVU_LIMIT = 0.9
+"""Above this share of variance unexplained, a dictionary does not write the stream at all."""
+CARD_FACTOR, CARD_SLACK = 2.0, 0.05
+"""How much worse than its card a dictionary may be on the run's prompts: factor x card + slack."""
+PROMPTS = 96
+"""How many of the run's prompts fidelity is measured on, spread over conditions; it takes two passes a layer."""
+
+
+def check_belongs(dictionary: Crosscoder, subject: Subject, folder: Path) -> None:
+    """Refuse a dictionary whose width, layers or recorded model are not this model's.
+
+    Raises:
+        QklensError: names the file, what was found and what the model has.
+    """
+    config, file = dictionary.config, folder / "dictionary.json"
+    if config.d_model != subject.d_model:
+        raise QklensError(
+            f"{file}: its vectors have {config.d_model} dimensions, {subject.name}'s stream has {subject.d_model}; it "
+            "belongs to another model"
+        )
+    outside = [layer for layer in config.layers if not 0 <= layer < subject.n_layers]
+    if outside:
+        raise QklensError(
+            f"{file}: writes resid_pre.{outside[0]}, {subject.name} has layers 0 to {subject.n_layers - 1}; it belongs "
+            "to another model"
+        )
+    if config.model_sha256 and subject.sha256 and config.model_sha256 != subject.sha256:
+        raise QklensError(
+            f"{file}: was trained on weights with model_sha256 {config.model_sha256[:12]}, {subject.name}'s are "
+            f"{subject.sha256[:12]}; use a dictionary of this model, or --dictionary directions (an empty model_sha256 "
+            "lets it try)"
+        )
+
+
+def measure(lab: Lab, dictionary: Crosscoder, folder: Path) -> Fidelity:
+    """Measure a dictionary on prompts of the discovery half, all conditions, and hold it against its card.
+
+    Raises:
+        QklensError: it leaves more of the variance unexplained than any dictionary may, or far more than its card says.
+    """
+    by_condition = [lab.prompts(condition, "discovery") for condition in CONDITIONS]
+    prompts = [prompt.tokens for rows in zip(*by_condition, strict=True) for prompt in rows]
+    chosen = np.linspace(0, len(prompts) - 1, min(PROMPTS, len(prompts))).round().astype(int)
+    measured = measure_fidelity(lab.subject, dictionary, [prompts[i] for i in chosen])
+    card = dictionary.config.fidelity
+    for layer, fvu in measured.fraction_variance_unexplained.items():
+        promised = card.fraction_variance_unexplained.get(layer) if card else None
+        limit = FVU_LIMIT if promised is None else min(FVU_LIMIT, CARD_FACTOR * promised + CARD_SLACK)
+        if not fvu <= limit:
+            says = "its card gives no figure" if promised is None else f"its card says {promised:.2f}"
+            raise QklensError(
+                f"{folder}: leaves {fvu:.2f} of the variance of resid_pre.{layer} unexplained on this run's prompts, "
+                f"{says}; expected at most {limit:.2f}: it is for another model, layer or site, or for other text"
+            )
+    return measured
