@@ -72,7 +72,7 @@ def steer_key(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageO
     direction = role_direction(lab, feature_index(lab.source, roles["harm_detection"]), "harm_detection")
     layers = tuple(layer for layer in direction.layers if layer <= max(layer for layer, _ in heads))
     name = ", ".join(f"L{layer}H{head}" for layer, head in heads)
-    reach = "layers " + ", ".join(map(str, layers))
+    reach = layer_words(layers)
     at_heads = (f"keys of {name}", {"heads": tuple(heads)})
     everywhere = (f"keys of all heads, {reach}", {"layers": layers})
     stream = (f"residual stream, {reach}", {"layers": layers, "side": "residual"})
@@ -93,6 +93,16 @@ def steer_key(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageO
                 lab, "steer_key", f"{target}, {where}", direction, make, roles, strengths, "harm_detection"
             )
     return StageOutput(results={"steering": [p.model_dump() for p in points]})
+
+
+def layer_words(layers: Sequence[int]) -> str:
+    """`layer 2`, `layers 0 and 2`, and `layers 0 to 3` for a run without gaps."""
+    *most, last = sorted(layers)
+    if not most:
+        return f"layer {last}"
+    if len(most) > 1 and last - most[0] == len(most):
+        return f"layers {most[0]} to {last}"
+    return f"layers {', '.join(map(str, most))} and {last}"
 
 
 def _sweep(
