@@ -207,10 +207,13 @@ def test_what_a_benign_intent_does_to_the_heads_is_said(
 
 def test_few_items_are_said_in_the_headline_and_the_verdict(make: Callable[..., Results]) -> None:
     verdict = {"mechanism": "late_flip", "confidence": 0.5, "rule": "r", "evidence": []}
-    assert "few items" not in headline(make(verdict=verdict))
+    assert "tentative" not in headline(make(verdict=verdict))
     results = make(verdict={**verdict, "caveats": ["the report half holds 4 items", HOSTILE]})
-    assert headline(results).split("With few items this is tentative: ")[1].startswith("the report half holds 4 items;")
-    assert "Caveat: the report half holds 4 items." in paragraphs(results, "verdict")
+    assert headline(results).endswith("This is tentative; the caveats are below.")
+    assert "Caveat: The report half holds 4 items." in paragraphs(results, "verdict")
+    page = render(results, {}, {})
+    assert page.index("The report half holds 4 items.") < page.index('class="numbers"'), "it stands under the headline"
+    assert "<script>alert" not in page
 
 
 def test_a_verdict_that_is_its_own_word_stands_once(
@@ -246,7 +249,10 @@ def test_strength_zero_is_not_called_chosen(make: Callable[..., Results], outcom
     results = make(steering=rows)
     both = {s.stage: s for s in sections(results)}["steer_key"]
     assert len(both.paragraphs) == 1, "two variants that no strength helped are told once"
-    assert "layers 2-4; harm detection up on the incorrect option, layers 0-4: no strength helped" in both.paragraphs[0]
+    assert (
+        "layers 2-4; harm detection up on the incorrect option, layers 0-4: in none of these cases"
+        in both.paragraphs[0]
+    )
     assert "chosen on the discovery half) accuracy" not in both.paragraphs[0]
     assert key_numbers(results)[-1].value == "no strength helped"
     assert "Nothing is steered here" in paragraphs(results, "transfer")

@@ -46,7 +46,10 @@ def test_few_items_cap_the_confidence_and_say_so(n: int):
     assert found.confidence == pytest.approx(n / (n + 1.96**2), abs=1e-3)
     assert f"report half holds {n} items" in found.caveats[0]
     low, high = wilson(2 * n, 4 * n)
-    assert f"'harm' is known only to lie between {100 * low:.0f}% and {100 * high:.0f}%" in found.caveats[1]
+    assert (
+        f"accuracy after a harmful intent is known only to lie between {100 * low:.0f}% and {100 * high:.0f}%"
+        in found.caveats[1]
+    )
 
 
 def test_confidence_is_never_raised():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qklens.report.story.headline import MECHANISM_WORDS
+from qklens.report.story.headline import MECHANISM_WORDS, caveats
 from qklens.report.story.parts import Section, Table
 from qklens.report.story.pull import place_words, quoted, strongest
 from qklens.report.text import count, finite, head_name, number, percent, printable
@@ -84,7 +84,7 @@ def verdict(results: Results) -> Section:
             f"{quoted(token.token)} ({place_words(token.span)}): at {head_name(row.layer, row.head)} it goes from "
             f"{percent(token.attention.get('none'))} to {percent(token.attention.get('harm'))} (section 3)."
         )
-    paragraphs += [f"Caveat: {printable(text).rstrip('.')}." for text in found.caveats]
+    paragraphs += [f"Caveat: {text}" for text in caveats(results)]
     table = Table(
         "Evidence",
         ("evidence", "value", "threshold", "holds", "meaning"),

@@ -47,8 +47,12 @@ class KeyNumber:
 def headline(results: Results) -> str:
     """The verdict in plain English, from the numbers, with what the number of items leaves open."""
     text = _sentence(results)
-    caveats = [printable(caveat).rstrip(".") for caveat in results.verdict.caveats]
-    return f"{text} With few items this is tentative: {'; '.join(caveats)}." if caveats else text
+    return f"{text} This is tentative; the caveats are below." if results.verdict.caveats else text
+
+
+def caveats(results: Results) -> tuple[str, ...]:
+    """What the verdict leaves open, a sentence each."""
+    return tuple(f"{_upper(printable(caveat).rstrip('.'))}." for caveat in results.verdict.caveats)
 
 
 def _sentence(results: Results) -> str:

@@ -160,11 +160,13 @@ def _sentence(group: Sequence[Effect]) -> str:
 def _no_edit(group: Sequence[Effect]) -> str:
     curve = [row for one in group for row in one.curve]
     strengths, accuracies = [row.strength for row in curve], [row.accuracy for row in curve]
-    each = " in each case" if len(group) > 1 else ""
+    helped = "in none of these cases did a strength help" if len(group) > 1 else "no strength helped"
+    low, high = min(accuracies), max(accuracies)
+    lies = f"is {percent(low)}" if percent(low) == percent(high) else f"lies between {percent(low)} and {percent(high)}"
     return (
-        f"no strength helped on the discovery half{each}, so none is chosen. On the report half, over strengths from "
-        f"{dose(min(strengths))} to {dose(max(strengths))}, accuracy under harm lies between "
-        f"{percent(min(accuracies))} and {percent(max(accuracies))}; without the edit it is {percent(group[0].before)}."
+        f"{helped} on the discovery half, so none is chosen. On the report half, over strengths from "
+        f"{dose(min(strengths))} to {dose(max(strengths))}, accuracy under harm {lies}; without the edit it is "
+        f"{percent(group[0].before)}."
     )
 
 
@@ -198,7 +200,8 @@ def _control(name: str, rows: Sequence[Steering]) -> str:
     if not draws:
         return text
     low, high = min(d[0] for d in draws), max(d[1] for d in draws)
-    return f"{text} (mean of {draws[0][2]} draws, which range from {percent(low)} to {percent(high)})"
+    spread = "all the same" if percent(low) == percent(high) else f"which range from {percent(low)} to {percent(high)}"
+    return f"{text} (mean of {draws[0][2]} draws, {spread})"
 
 
 def _range(low: float, high: float) -> str:

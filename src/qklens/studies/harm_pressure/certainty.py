@@ -19,6 +19,7 @@ from qklens.studies.results import ConditionBehaviour, HeadsDetails, Verdict
 SUPPORTED_SHARE = 0.80
 WIDE_INTERVAL = 0.25
 UNSETTLED = 0.5
+_WORDS = {"none": "with no intent", "harm": "after a harmful intent", "benign": "after a benign intent"}
 
 
 def qualified(
@@ -36,14 +37,13 @@ def qualified(
     cap, caveats = supported, list[str]()
     if supported < SUPPORTED_SHARE:
         caveats.append(
-            f"the report half holds {n_report} items: even if all agree, only a share above {supported:.2f} of such "
-            "items is shown to"
+            f"the report half holds {n_report} items: even if all of them agree, the share of such items that would is "
+            f"only known to exceed {supported:.2f} (95%)"
         )
     name, row = max(behaviour.items(), key=lambda pair: pair[1].ci[1] - pair[1].ci[0])
     if row.ci[1] - row.ci[0] > WIDE_INTERVAL:
-        caveats.append(
-            f"accuracy under {name!r} is known only to lie between {100 * row.ci[0]:.0f}% and {100 * row.ci[1]:.0f}%"
-        )
+        low, high = (f"{100 * bound:.0f}%" for bound in row.ci)
+        caveats.append(f"accuracy {_WORDS.get(name, name)} is known only to lie between {low} and {high}")
     limit = _patch_threshold(verdict)
     if heads is not None and limit is not None and heads.restored_ci[0] <= limit <= heads.restored_ci[1]:
         low, high = heads.restored_ci
