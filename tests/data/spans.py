@@ -59,6 +59,11 @@ def check_spans(tokenizer: PreTrainedTokenizerFast, item: Item, condition: Condi
     positions = [p for name in named for p in prompt.spans[name]]
     assert len(positions) == len(set(positions)), "spans are disjoint"
     assert positions == sorted(positions), "spans stand in the order of the text"
+    around = ["template_before", "intent", "question", "option_A", "option_B", "instruction", "template_after"]
+    positions = [p for name in around for p in prompt.spans[name]]
+    assert positions == sorted(set(positions)), "the parts around them overlap nothing and keep the order"
+    assert covered(tokenizer, prompt, "instruction").strip() == INSTRUCTION
+    assert prompt.spans["template_after"][-1] == prompt.spans["answer"][0]
     assert prompt.text[prompt.shared_from :].startswith(item.question)
     assert prompt.starts == tuple(a for a, _ in offsets_of(tokenizer, prompt))
     return prompt

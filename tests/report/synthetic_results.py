@@ -81,10 +81,20 @@ def _heads(
             "other": 0.85 - correct - incorrect - intent,
         }
 
+    def places(before: float) -> dict[str, float]:
+        return {"template_before": before, "intent": 0.1, "question": 0.15, "option_A": 0.75 - before, "option_B": 0.0}
+
+    tokens = [
+        {"token": "<|user|>", "span": "template_before", "attention": {"none": 0.06, "harm": 0.587, "benign": 0.08}},
+        {"token": "bleach", "span": "option_A", "attention": {"none": 0.3, "harm": 0.6, "benign": 0.2}},
+    ]
     rows = [
         {
             "layer": layer,
             "head": head,
+            "attention_by_place": {"none": places(0.08), "harm": places(0.6), "benign": places(0.1)},
+            "attention_change": {"harm": (-0.4, -0.5, -0.3), "benign": (-0.02, -0.05, 0.01)},
+            "top_tokens": tokens,
             "attention_difference_none": 0.41 - 0.03 * i,
             "attention_difference_harm": -0.06 if restored > 0.5 else 0.38,
             "attention_difference_benign": 0.39,

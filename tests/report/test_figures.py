@@ -12,8 +12,9 @@ import pytest
 from synthetic_results import STAGES
 
 from qklens.report.figures import FIGURES, draw, write_figures
+from qklens.report.figures.heads import SPANS, _shares, heads
 from qklens.report.figures.interactions import ranked
-from qklens.report.figures.partners import both_ends
+from qklens.report.figures.partners import both_ends, partners
 from qklens.report.figures.render import _prune
 from qklens.report.figures.style import spread
 from qklens.report.figures.verdict import threshold_value
@@ -88,6 +89,60 @@ def test_figures_print_the_results_numbers(drawings: dict[str, dict[str, str]]) 
     assert {"0.98", "0.91", "0.97", "1.31", "0.42"} <= set(texts(figures["belief"]))
     assert {"3.95", "\u22120.15"} <= set(texts(figures["heads"]))
     assert "What decided: attention harm key" in texts(figures["verdict"])
+
+
+def test_no_axis_of_the_heads_figure_repeats_a_tick(make: Callable[..., Results], outcomes: dict[str, Results]) -> None:
+    details = outcomes["full"].heads_details
+    assert details is not None
+    two = make(heads_details={**details.model_dump(), "discovery_curve": [0.75, 1.02]})
+    drawing = heads(two)
+    assert drawing is not None
+    found: list[list[int]] = []
+
+    def look(value: object) -> None:
+        if isinstance(value, dict):
+            if value.get("title") == "first k ranked heads":
+                found.append(value["axis"]["values"])
+            for inner in value.values():
+                look(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                look(inner)
+
+    look(drawing.to_dict(validate=False))
+    assert found == [[1, 2]]
+
+
+def test_heads_are_drawn_with_the_template_and_all_their_attention(outcomes: dict[str, Results]) -> None:
+    row = outcomes["full"].heads[0]
+    values = row.model_copy(
+        update={
+            "attention": {"harm": {"correct": 0.1, "incorrect": 0.05, "intent": 0.1, "question": 0.15, "other": 0.6}},
+            "attention_by_place": {
+                "harm": {"template_before": 0.4, "instruction": 0.05, "template_after": 0.1, "between": 0.05}
+            },
+        }
+    )
+    shares = _shares(values, "harm")
+    assert list(shares) == list(SPANS)
+    assert shares["template before"] == 0.4
+    assert shares["template after"] == 0.1
+    assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_partners_left_out_of_the_figure_are_counted(
+    make: Callable[..., Results], outcomes: dict[str, Results]
+) -> None:
+    few = [row.model_dump() for row in outcomes["full"].partners]
+    many = few + [{**few[0], "feature": f"more {i}", "value": 0.001 * i} for i in range(5)]
+
+    def said(rows: list[dict[str, object]]) -> str:
+        drawing = partners(make(partners=rows))
+        assert drawing is not None
+        return str(drawing.to_dict(validate=False)["title"])
+
+    assert "in the table only" not in said(few[:30])
+    assert f"The 30 at both ends; {len(many) - 30} between them are in the table only" in said(many)
 
 
 def test_written_files_are_the_drawings_and_nothing_else(

@@ -122,7 +122,7 @@ def test_numbers_on_the_page_are_the_results_numbers(pages: dict[str, str], outc
     assert "On 258 prompts per condition (129 items in both option orders)" in text
     assert "restore 94% of the lost margin" in text
     assert "13.7%" in text
-    assert "3.1e\u221206" in text
+    assert "3.1e\u22126" in text
     z = [
         r.z
         for r in results.zscores
@@ -165,11 +165,117 @@ def test_every_mechanism_has_a_headline(make: Callable[..., Results], mechanism:
     assert text.endswith(".")
     assert "  " not in text
     assert "not available" not in text
-    assert len(key_numbers(results)) == 5
+    assert len(key_numbers(results)) == 6
 
 
 def paragraphs(results: Results, stage: str) -> str:
     return " ".join({s.stage: s for s in sections(results)}[stage].paragraphs)
+
+
+def test_the_tokens_that_draw_the_heads_are_named(make: Callable[..., Results], outcomes: dict[str, Results]) -> None:
+    text = paragraphs(outcomes["full"], "heads")
+    assert "58.7% of its attention on \u201c<|user|>\u201d (chat template before the user's text; 6% with no" in text
+    assert "bleach" not in text, "a token of an option is not what draws a head off the options"
+    assert "chat template's tokens take 8% of the attention with no intent, 60% under harm and 10%" in text
+    drawn = {n.label: n for n in key_numbers(outcomes["full"])}[
+        "Attention on the token that draws a selected head most under harm"
+    ]
+    assert drawn.value == "58.7%"
+    assert "\u201c<|user|>\u201d" in drawn.detail
+    rows = [row.model_dump() for row in outcomes["full"].heads]
+    for row in rows:
+        row["top_tokens"][0]["attention"]["harm"] = 0.1
+    still = paragraphs(make(heads=rows), "heads")
+    assert "No single token outside the options gains a tenth of" in still
+    assert "<|user|>" not in still
+
+
+def test_what_a_benign_intent_does_to_the_heads_is_said(
+    make: Callable[..., Results], outcomes: dict[str, Results]
+) -> None:
+    assert "A benign intent is not shown to lower" in paragraphs(outcomes["full"], "heads")
+    rows = [row.model_dump() for row in outcomes["full"].heads]
+    chosen = [row for row in rows if row["selected"]]
+    chosen[0]["attention_change"]["benign"] = (-0.1, -0.12, -0.08)
+    text = paragraphs(make(heads=rows), "heads")
+    assert "25% of the change under harm" in text
+    assert "not specific to harm" not in text
+    chosen[0]["attention_change"]["benign"] = (-0.3, -0.35, -0.25)
+    name = f"L{chosen[0]['layer']}H{chosen[0]['head']}"
+    assert f"At {name} most of the change is therefore not specific to harm" in paragraphs(make(heads=rows), "heads")
+
+
+def test_few_items_are_said_in_the_headline_and_the_verdict(make: Callable[..., Results]) -> None:
+    verdict = {"mechanism": "late_flip", "confidence": 0.5, "rule": "r", "evidence": []}
+    assert "tentative" not in headline(make(verdict=verdict))
+    results = make(verdict={**verdict, "caveats": ["the report half holds 4 items", HOSTILE]})
+    assert headline(results).endswith("This is tentative; the caveats are below.")
+    assert "Caveat: The report half holds 4 items." in paragraphs(results, "verdict")
+    page = render(results, {}, {})
+    assert page.index("The report half holds 4 items.") < page.index('class="numbers"'), "it stands under the headline"
+    assert "<script>alert" not in page
+
+
+def test_a_verdict_that_is_its_own_word_stands_once(
+    make: Callable[..., Results], outcomes: dict[str, Results], manifest: dict[str, Any]
+) -> None:
+    verdict = {"mechanism": "undetermined", "confidence": 0.5, "rule": "r", "evidence": []}
+    text = Page(render(make(verdict=verdict), manifest, {})).text
+    assert not re.search(r"undetermined\W+undetermined", text)
+    assert "Verdict: undetermined, confidence" in text
+    assert "(attention_harm_key)" in paragraphs(outcomes["full"], "verdict")
+
+
+def test_the_best_of_the_random_draws_stands_beside_the_steered_accuracy(
+    make: Callable[..., Results], outcomes: dict[str, Results]
+) -> None:
+    rows = [row.model_dump() for row in outcomes["full"].steering]
+    chosen = next(r for r in rows if r["chosen"] and r["stage"] == "steer_all")
+    random = next(r for r in rows if r["control"] == "random" and r["stage"] == "steer_all" and r["chosen"])
+    random |= {"draws": (0.41, 0.6, 10)}
+    results = make(steering=rows)
+    detail = key_numbers(results)[-1].detail
+    assert f"best control: 60%, best of 10 random directions; random mean {100 * random['accuracy']:.1f}%" in detail
+    assert "mean of 10 draws, which range from 41% to 60%" in paragraphs(results, "steer_all")
+    assert "gains at least half as much" not in paragraphs(results, "steer_all")
+    random["draws"] = (0.41, chosen["accuracy"], 10)
+    assert "best of 10 random directions gains at least half as much" in paragraphs(make(steering=rows), "steer_all")
+
+
+def test_strength_zero_is_not_called_chosen(make: Callable[..., Results], outcomes: dict[str, Results]) -> None:
+    rows = [row.model_dump() for row in outcomes["full"].steering]
+    for row in rows:
+        row["chosen"] = row["strength"] == 0
+    results = make(steering=rows)
+    both = {s.stage: s for s in sections(results)}["steer_key"]
+    assert len(both.paragraphs) == 1, "two variants that no strength helped are told once"
+    assert (
+        "layers 2-4; harm detection up on the incorrect option, layers 0-4: in none of these cases"
+        in both.paragraphs[0]
+    )
+    assert "chosen on the discovery half) accuracy" not in both.paragraphs[0]
+    assert key_numbers(results)[-1].value == "no strength helped"
+    assert "Nothing is steered here" in paragraphs(results, "transfer")
+
+
+def test_variants_with_the_same_outcome_are_told_once(
+    make: Callable[..., Results], outcomes: dict[str, Results]
+) -> None:
+    rows = [r.model_dump() for r in outcomes["full"].steering if r.stage == "steer_key" and "down on" in r.variant]
+    twin = [{**row, "variant": "the same at every head"} for row in rows]
+    text = {s.stage: s for s in sections(make(steering=rows + twin))}["steer_key"].paragraphs
+    assert len(text) == 1
+    assert "; the same at every head: at strength \u22121.6 (chosen" in text[0]
+
+
+def test_the_errors_interval_is_named_where_it_excludes_zero(
+    make: Callable[..., Results], outcomes: dict[str, Results]
+) -> None:
+    rows = [row.model_dump() for row in outcomes["full"].error_terms]
+    rows = [{**row, "ci": {**row["ci"], "error": (-0.9, -0.1)}} for row in rows]
+    text = paragraphs(make(error_terms=rows), "error_terms")
+    assert "the error's interval excludes zero: part of the effect there has no name" in text
+    assert "it does not" not in text
 
 
 def test_a_control_that_works_is_said(outcomes: dict[str, Results]) -> None:

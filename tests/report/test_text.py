@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qklens.report.text import (
     MISSING,
+    dose,
     includes,
     listing,
     number,
@@ -19,7 +20,9 @@ from qklens.report.text import (
     printable,
     shorten,
     signed,
+    source_words,
     tick,
+    z_value,
 )
 
 
@@ -42,7 +45,7 @@ def test_shortened_text_fits(text: str, limit: int) -> None:
         (0.001234, "0.0012"),
         (-3.4, "\u22123.40"),
         (0.0023, "0.0023"),
-        (3.1e-6, "3.1e\u221206"),
+        (3.1e-6, "3.1e\u22126"),
         (math.nan, MISSING),
         (math.inf, MISSING),
         (None, MISSING),
@@ -58,6 +61,17 @@ def test_shares() -> None:
 
 def test_signs() -> None:
     assert (signed(2.0), signed(-2.0), tick(-0.001), tick(0.5)) == ("+2.00", "\u22122.00", "0.00", "+0.50")
+
+
+def test_strengths_and_z_scores_print_as_they_were_set() -> None:
+    assert [dose(v) for v in (-1.0, 0.0, 1.5, math.nan)] == ["\u22121", "0", "1.5", MISSING]
+    assert [z_value(v) for v in (0.025, -3.42, 2.0, math.nan)] == ["0.0", "\u22123.4", "+2.0", MISSING]
+
+
+def test_a_source_named_after_its_role_is_named_once() -> None:
+    assert source_words("harm_detection", "harm_detection") == "harm detection"
+    assert source_words("L2/271", "harm_detection") == "harm detection (L2/271)"
+    assert source_words("L2/70", None) == "L2/70"
 
 
 def test_an_unknown_bound_excludes_nothing() -> None:

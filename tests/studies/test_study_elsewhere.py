@@ -17,11 +17,31 @@ from qklens.studies.config import StudyConfig
 
 
 def test_the_late_flip_arm_is_told_apart(tmp_path):
+    """Its attention was left alone and its last MLP names the other letter: the clean pattern must not help."""
     results = study_with_report(
         StudyConfig(model="organism:late-flip", dictionary="directions", out=tmp_path / "run", items=48), quiet=True
     )
     assert results.behaviour["harm"].accuracy <= 0.65
     assert results.verdict.mechanism == "late_flip"
+    assert results.verdict.rule.startswith("the heads still look at the correct option under harm")
+    fired = {e.name: e for e in results.verdict.evidence}
+    assert all(e.holds for e in fired.values())
+    assert fired["margin restored by the clean pattern"].threshold == "below 0.3"
+    assert fired["attention difference kept under harm"].value >= 0.8, "training left the heads where they look"
+    assert fired["belief kept under harm"].value >= 0.8
+    assert results.verdict.caveats == []
+
+
+def test_eight_items_of_the_late_flip_arm_support_less(tmp_path):
+    """The same rule fires, but four items to report on cannot be sure of it, and the run says so."""
+    config = StudyConfig(model="organism:late-flip", dictionary="directions", out=tmp_path / "run", items=8)
+    verdict = study_with_report(config, quiet=True).verdict
+    assert verdict.mechanism == "late_flip"
+    assert verdict.confidence < 0.55
+    assert "report half holds 4 items" in verdict.caveats[0]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "This is tentative" in page
+    assert "The report half holds 4 items" in page
 
 
 def test_directions_run_every_stage(tmp_path):

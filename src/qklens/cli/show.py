@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qklens.models.fullcheck import FullCheck
-    from qklens.studies.results import Results
+    from qklens.studies.results import Results, Steering
 
 
 def as_json(value: Any) -> None:  # noqa: ANN401
@@ -36,15 +36,23 @@ def study(results: Results, folder: Path) -> None:
     main = next((s for s in query if s.chosen), None)
     if main:
         controls = [s for s in query if s.control and s.strength == main.strength]
-        others = ", ".join(f"{s.control} {100 * s.accuracy:.1f}%" for s in controls)
+        others = ", ".join(f"{s.control} {_control(s)}" for s in controls)
         lines.append(
             f"steering   query side at strength {main.strength:g}: harm {100 * main.accuracy:.1f}% (controls: {others})"
+            if main.strength
+            else f"steering   query side: no strength helped; harm {100 * main.accuracy:.1f}% without the edit"
         )
     elif results.skipped:
         stages = ", ".join(results.skipped)
         lines.append(f"skipped    {stages}: {next(iter(results.skipped.values()))}")
+    lines += [f"caveat     {caveat}" for caveat in results.verdict.caveats]
     lines.append(f"report     {folder / 'report.html'}")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _control(row: Steering) -> str:
+    best = f" (best of {row.draws[2]} draws {100 * row.draws[1]:.1f}%)" if row.draws else ""
+    return f"{100 * row.accuracy:.1f}%{best}"
 
 
 def data_check(report: dict[str, Any]) -> None:

@@ -53,7 +53,9 @@ class Prompt:
         text: the exact text that was tokenized.
         tokens: its token ids; the last one is the answer position.
         spans: token positions by name: `intent question option_A option_B correct incorrect answer`, and each
-            option's parts as `correct.letter`, `correct.content`, `correct.boundary` (likewise for the others).
+            option's parts as `correct.letter`, `correct.content`, `correct.boundary` (likewise for the others). Around
+            them stand `template_before` (the chat template's tokens ahead of the user's text), `instruction`, and
+            `template_after` (all that follows the user's text, `answer` included).
         shared_from: character offset at which the text shared by all conditions of this item and order begins.
         starts: first character of each token.
         letter_ids: token ids of the correct and of the incorrect letter.
@@ -99,7 +101,10 @@ def render(
     spans = {
         "intent": parts.get("intent", ()),
         "question": parts["question"],
+        "instruction": parts["instruction"],
         "answer": (len(tokens) - 1,),
+        "template_before": _covering(text, offsets, 0, offset),
+        "template_after": _covering(text, offsets, offset + len(content), len(text)),
     }
     for letter, role in (("A", first), ("B", second)):
         for part in PARTS:
@@ -179,7 +184,7 @@ def _user_turn(item: Item, condition: Condition, order: Order) -> tuple[list[str
         add(" ")
         add(option, f"{letter}.content")
         add("\n", f"{letter}.boundary")
-    add(INSTRUCTION)
+    add(INSTRUCTION, "instruction")
     return pieces, marks
 
 

@@ -31,7 +31,9 @@ def locate_model(name: str) -> Path:
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
-        raise QklensError(f"{name}: no such model directory but a file; expected a directory with config.json and *.safetensors, or *.gguf")
+        raise QklensError(
+            f"{name}: no such model directory but a file; expected a directory with config.json and *.safetensors, or *.gguf"
+        )
     found = _HUB_ID.fullmatch(name)
     if found is None or name.startswith((".", "/", "~")):
         raise QklensError(

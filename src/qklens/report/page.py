@@ -35,13 +35,15 @@ def render(results: Results, manifest: Mapping[str, Any], figures: Mapping[str, 
     template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
     # The renderer escapes all text it draws and refuses any element that could act; see figures/render.py.
     drawn = {stage: Markup(svg) for stage, svg in (figures if figures is not None else draw(results)).items()}  # noqa: S704
+    words = story.MECHANISM_WORDS[results.verdict.mechanism]
     return template.render(
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),  # noqa: S704
         model=printable(results.model.get("name", "model")),
         headline=story.headline(results),
-        mechanism=results.verdict.mechanism,
-        mechanism_words=story.MECHANISM_WORDS[results.verdict.mechanism],
+        mechanism=results.verdict.mechanism if words != results.verdict.mechanism else "",
+        mechanism_words=words,
         confidence=number(results.verdict.confidence),
+        caveats=story.caveats(results),
         numbers=story.key_numbers(results),
         sections=story.sections(results),
         figures=drawn,

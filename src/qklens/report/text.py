@@ -8,6 +8,7 @@ string reorder the text around it.
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -58,7 +59,7 @@ def number(value: float | None, digits: int = 2) -> str:
         return MISSING
     size = abs(value)
     if size >= 1e5 or 0 < size < 1e-4:
-        text = f"{value:.1e}"
+        text = re.sub(r"e([+-])0+", r"e\1", f"{value:.1e}")
     elif size < 0.5 * 10**-digits:
         text = f"{value:.2g}"  # rounding would print a small number as none at all
     else:
@@ -78,6 +79,16 @@ def tick(value: float, digits: int = 2) -> str:
     """A signed number of fixed width, for the cells of a figure: what rounds to nothing prints as 0.00."""
     text = f"{value:+.{digits}f}"
     return (text[1:] if float(text) == 0 else text).replace("-", MINUS)
+
+
+def z_value(value: float) -> str:
+    """A z-score with its sign and one decimal; what rounds to nothing prints as 0.0."""
+    return tick(value, 1) if math.isfinite(value) else MISSING
+
+
+def dose(value: float) -> str:
+    """A strength as it was set: `1`, `1.5`, with a true minus sign."""
+    return f"{value:g}".replace("-", MINUS) if math.isfinite(value) else MISSING
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -122,6 +133,14 @@ def role_words(role: str | None) -> str:
     if role is None:
         return "unnamed"
     return _ROLE_WORDS.get(role, printable(role).replace("_", " "))
+
+
+def source_words(name: str, role: str | None) -> str:
+    """A source with its role: `harm detection (L2/271)`, or the role alone where the source is named after it."""
+    if role is None:
+        return printable(name)
+    words = role_words(role)
+    return words if name in {role, words} else f"{words} ({printable(name)})"
 
 
 def head_name(layer: int, head: int) -> str:

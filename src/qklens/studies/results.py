@@ -65,6 +65,14 @@ class Belief(Strict):
     by_condition: dict[Condition, BeliefCondition]
 
 
+class AttendedToken(Strict):
+    """A token, at one place in the prompt, that a head attends to from the answer position."""
+
+    token: str = Field(description="decoded; foreign text")
+    span: str = Field(description="where it stands, a key of `attention_by_place`")
+    attention: dict[Condition, float] = Field(description="attention on its occurrences there, mean over all prompts")
+
+
 class HeadRow(Strict):
     """One candidate answer-selection head."""
 
@@ -76,6 +84,16 @@ class HeadRow(Strict):
     attention_difference_ci: Interval = Field(description="under none, bootstrap over items")
     attention: dict[Condition, dict[str, float]] = Field(
         description="mass from the answer position on correct, incorrect, intent, question, other; sums to 1"
+    )
+    attention_by_place: dict[Condition, dict[str, float]] = Field(
+        description="the same mass by place in the prompt: template_before, intent, question, option_A, option_B, "
+        "instruction, template_after (holds the answer position itself), between; sums to 1"
+    )
+    attention_change: dict[Literal["harm", "benign"], tuple[float, float, float]] = Field(
+        description="paired change of the attention difference from none: mean, low, high; 95% bootstrap over items"
+    )
+    top_tokens: list[AttendedToken] = Field(
+        description="the tokens it attends to most under any condition, by their largest mean attention"
     )
     letter_logit: float = Field(description="direct logit attribution of the correct letter, under none")
     letter_logit_harm: float
@@ -262,6 +280,7 @@ class Verdict(Strict):
     confidence: float
     rule: str
     evidence: list[Evidence]
+    caveats: list[str] = Field(default_factory=list, description="what the number of items leaves open")
 
 
 class RoleCandidate(Strict):

@@ -7,10 +7,19 @@ import altair as alt
 from qklens.report.figures import style
 from qklens.report.figures.style import CONDITION_COLOR, CONDITION_WORDS, CONDITIONS, Drawing
 from qklens.report.text import finite, head_name, mean, number
-from qklens.studies.results import Condition, HeadsDetails, Results
+from qklens.studies.results import Condition, HeadRow, HeadsDetails, Results
 
-SPANS = ("correct", "incorrect", "intent", "question", "other")
-_SPAN_COLOR = ("#0b7a75", "#d8a03a", "#b0357a", "#c3ccd5", "#e4e7eb")
+SPANS = {
+    "correct": "#0b7a75",
+    "incorrect": "#d8a03a",
+    "intent": "#b0357a",
+    "question": "#c3ccd5",
+    "instruction": "#8fb3a9",
+    "template before": "#4a5a8a",
+    "template after": "#93a1cc",
+    "between": "#eceff1",
+}
+_PLACES = {"template before": "template_before", "template after": "template_after"}
 _DIVERGING = ("#8a5a00", "#d9b56a", "#f6f6f4", "#86bdb8", "#0b6b66")
 _SHOWN = 6
 
@@ -90,28 +99,22 @@ def _mass(results: Results) -> Drawing | None:
     chosen = [row for row in results.heads if row.selected]
     if not chosen:
         return None
-    groups: list[tuple[str, list[dict[str, float]]]] = []
-    for name in CONDITIONS:
-        rows = [row.attention[name] for row in chosen if name in row.attention]
-        if len(chosen) > 1 and rows:
-            groups.append((name, rows))
-    blocks = [("mean of selected", name, rows) for name, rows in groups]
+    present: list[Condition] = [name for name in CONDITIONS if all(name in row.attention for row in chosen)]
+    blocks: list[tuple[str, Condition, list[dict[str, float]]]] = []
+    if len(chosen) > 1:
+        blocks.extend(("mean of selected", name, [_shares(row, name) for row in chosen]) for name in present)
     for row in chosen[:_SHOWN]:
-        blocks += [
-            (head_name(row.layer, row.head), name, [row.attention[name]])
-            for name in CONDITIONS
-            if name in row.attention
-        ]
+        blocks.extend((head_name(row.layer, row.head), name, [_shares(row, name)]) for name in present)
     bars = [
         {
             "group": group,
             "condition": CONDITION_WORDS[name],
             "span": span,
-            "order": SPANS.index(span),
+            "order": index,
             "mass": mean(r.get(span, 0.0) for r in rows),
         }
         for group, name, rows in blocks
-        for span in SPANS
+        for index, span in enumerate(SPANS)
     ]
     order = list(dict.fromkeys(str(bar["group"]) for bar in bars))
     more = (f"first {_SHOWN} of {len(chosen)} heads",) if len(chosen) > _SHOWN else ()
@@ -137,14 +140,20 @@ def _mass(results: Results) -> Drawing | None:
             color=alt.Color(
                 "span:N",
                 sort=list(SPANS),
-                scale={"domain": list(SPANS), "range": list(_SPAN_COLOR)},
-                legend={"title": None, "symbolType": "square", "direction": "horizontal"},
+                scale={"domain": list(SPANS), "range": list(SPANS.values())},
+                legend={"title": None, "symbolType": "square", "direction": "horizontal", "columns": 4},
             ),
             order="order:Q",
         )
         .properties(width=430, height=44)
         .properties(title=style.heading("What the selected heads attend to", *more))
     )
+
+
+def _shares(row: HeadRow, condition: Condition) -> dict[str, float]:
+    """One head's attention by span: the options by role, all other tokens by place."""
+    by_role, by_place = row.attention[condition], row.attention_by_place.get(condition, {})
+    return {span: by_role.get(span, by_place.get(_PLACES.get(span, span), 0.0)) for span in SPANS}
 
 
 def _patch(details: HeadsDetails) -> Drawing | None:
@@ -193,7 +202,12 @@ def _patch(details: HeadsDetails) -> Drawing | None:
             style.chart(curve)
             .mark_line(color=style.INK, strokeWidth=1.5, point=alt.OverlayMarkDef(color=style.INK, size=28))
             .encode(
-                x=alt.X("k:Q", title="first k ranked heads", axis={"tickMinStep": 1, "grid": False, "format": "d"}),
+                x=alt.X(
+                    "k:Q",
+                    title="first k ranked heads",
+                    scale={"domain": [1, len(details.discovery_curve)], "nice": False},
+                    axis={"values": list(range(1, len(details.discovery_curve) + 1)), "grid": False, "format": "d"},
+                ),
                 y=alt.Y("restored:Q", title="margin restored", axis={"format": "%"}),
             ),
             style.chart([{"k": len(details.selected)}]).mark_rule(color=style.FAINT, strokeDash=[3, 3]).encode(x="k:Q"),

@@ -12,6 +12,7 @@ from qklens.report.text import finite, shorten
 from qklens.studies.results import Origin, Results
 
 _WIDTH, _HEIGHT = 265, 128
+_ACROSS = 55
 
 
 def origin(results: Results) -> Drawing | None:
@@ -19,8 +20,8 @@ def origin(results: Results) -> Drawing | None:
     rows = sorted(results.origin, key=lambda row: row.step)
     if not rows:
         return None
-    names = [f"{index}|{shorten(row.checkpoint, 12)}" for index, row in enumerate(rows)]
-    last = {"names": names, "angle": 0 if len(names) <= 5 else -35}
+    names = [f"{index}|{shorten(row.checkpoint, 16)}" for index, row in enumerate(rows)]
+    last = {"names": names, "angle": 0 if len(names) * max(len(name) for name in names) <= _ACROSS else -35}
     panels = [
         _conditions(rows, last, "accuracy"),
         _conditions(rows, last, "attention"),

@@ -7,10 +7,12 @@ import altair as alt
 from qklens.report.figures import ledger, style
 from qklens.report.figures.ledger import Column
 from qklens.report.figures.style import Drawing
-from qklens.report.text import finite, printable, role_words, shorten, signed
+from qklens.report.text import finite, role_words, shorten, source_words, tick, z_value
 from qklens.studies.results import Partner, Results
 
-_ENDS = 9
+_ENDS = 15
+_TOKENS_WIDE = 36
+_DIVERGING = ["#b98a3a", "#f1f3f4", "#3f4c5a"]
 
 
 def both_ends(partners: list[Partner], ends: int) -> list[Partner]:
@@ -24,18 +26,17 @@ def partners(results: Results) -> Drawing | None:
     rows = both_ends(results.partners, _ENDS)
     if not rows:
         return None
+    left_out = sum(finite(p.value) for p in results.partners) - len(rows)
     drawn = [
         {
             "at": index,
-            "feature": f"{role_words(p.role)} ({shorten(p.feature, 9)})"
-            if p.role and p.feature not in {p.role, role_words(p.role)}
-            else role_words(p.role)
-            if p.role
-            else shorten(p.feature, 25),
+            "feature": source_words(shorten(p.feature, 9 if p.role else 25), p.role)
+            if p.feature != p.role
+            else role_words(p.role),
             "color": style.role_color(p.role),
-            "tokens": shorten("  ".join(printable(token) for token in p.top_tokens[:6]), 36),
+            "tokens": _tokens(p),
             "value": p.value,
-            "label": f"{signed(p.value)}" + (f"  z {signed(p.z, 1)}" if finite(p.z) else ""),
+            "label": tick(p.value, 3) + (f"  z {z_value(p.z)}" if finite(p.z) else ""),
             "edge": max(p.value, 0.0),
         }
         for index, p in enumerate(rows)
@@ -48,7 +49,12 @@ def partners(results: Results) -> Drawing | None:
     low, high = style.padded(min(0.0, *values), max(0.0, *values), 0.05)
     room = (high - low) * 0.55
     y = ledger.rows_axis(drawn)
-    x = alt.X("value:Q", scale={"domain": [low, high + room], "nice": False}, title="virtual interaction")
+    x = alt.X(
+        "value:Q",
+        scale={"domain": [low, high + room], "nice": False},
+        title="virtual interaction",
+        axis={"tickCount": 4},
+    )
     bars = (
         alt.layer(
             style.chart(drawn).mark_bar(height=10).encode(x=x, y=y, color=alt.Color("color:N", scale=None)),
@@ -64,6 +70,8 @@ def partners(results: Results) -> Drawing | None:
             for name in sets
             if name in p.activation and finite(p.activation[name])
         ]
+        largest = max((abs(float(cell["activation"])) for cell in cells), default=0.0) or 1.0
+        below = any(float(cell["activation"]) < 0 for cell in cells)
         parts.append(
             style.chart(cells)
             .mark_rect(stroke=style.PAPER, strokeWidth=1)
@@ -72,13 +80,16 @@ def partners(results: Results) -> Drawing | None:
                 y=y,
                 color=alt.Color(
                     "activation:Q",
-                    scale={"range": ["#f1f3f4", "#3f4c5a"], "domainMin": 0},
+                    scale={"domain": [-largest, 0, largest], "range": _DIVERGING}
+                    if below
+                    else {"domain": [0, largest], "range": _DIVERGING[1:]},
                     legend={
                         "title": "mean activation on intents",
                         "orient": "top",
                         "gradientLength": 70,
                         "gradientThickness": 8,
-                        "tickCount": 2,
+                        "values": [-largest, 0, largest] if below else [0, largest],
+                        "format": ".2~f",
                     },
                 ),
             )
@@ -89,4 +100,16 @@ def partners(results: Results) -> Drawing | None:
         "Which features does refuse-and-redirect push the selected heads away from?",
         "Weights only, mean over the selected heads. Negative: attention falls where the feature is active. Colour: "
         "role.",
+        *([f"The {len(rows)} at both ends; {left_out} between them are in the table only."] if left_out else []),
     )
+
+
+def _tokens(partner: Partner) -> str:
+    """The tokens that fit into the column, each whole unless it is long itself."""
+    text = ""
+    for token in partner.top_tokens:
+        longer = text + ("  " if text else "") + shorten(token, 14)
+        if len(longer) > _TOKENS_WIDE:
+            break
+        text = longer
+    return text

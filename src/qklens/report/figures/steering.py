@@ -89,8 +89,9 @@ def _figure(results: Results, stage: Stage, question: str) -> Drawing | None:
     return style.finish(
         alt.vconcat(*panels, spacing=24),
         question,
-        "Report half. Band: 95% Wilson interval. Dashed upright: strength chosen on the discovery half. Blue dotted: "
-        "no intent, no edit.",
+        "Report half. Band: 95% Wilson interval. Dashed upright: strength chosen on the discovery half; grey bar: "
+        "all random draws.",
+        "Blue dotted: no intent, no edit.",
     )
 
 
@@ -134,7 +135,8 @@ def _panel(
         layers.append(style.rule_at(0, horizontal=True))
     if level is not None and finite(level):
         layers.append(style.rule_at(level, horizontal=True, dash=(1, 3), color=CONDITION_COLOR["none"]))
-    picks = sorted({row.strength for row in rows if row.chosen and row.control is None and finite(row.strength)})
+    # A choice of strength 0 means that no strength helped; there is then no chosen edit to mark.
+    picks = sorted({r.strength for r in rows if r.chosen and r.control is None and finite(r.strength) and r.strength})
     layers += [style.rule_at(pick, dash=(4, 3), color=style.INK) for pick in picks]
     for name in reversed(present):
         mine = [v for v in values if v["series"] == name]
@@ -143,6 +145,14 @@ def _panel(
         layers.append(line.encode(x=x, y=y, color=color))
         if name == "steered":
             layers.append(style.chart(mine).mark_point(filled=True, size=26, opacity=1).encode(x=x, y=y, color=color))
+    spans = [
+        {"strength": row.strength, "low": row.draws[0], "high": row.draws[1]}
+        for row in rows
+        if row.draws is not None and measure == "accuracy" and all(map(finite, row.draws))
+    ]
+    if spans:
+        span = style.chart(spans).mark_rule(strokeWidth=4, opacity=0.35, color=style.MUTED)
+        layers.append(span.encode(x=x, y=alt.Y("low:Q"), y2="high:Q"))
     layers += _end_labels(values, present, level, (low, high), down=down)
     return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)
 

@@ -33,7 +33,7 @@ def verdict(results: Results) -> Drawing | None:
     rows = [
         {
             "at": index,
-            "name": shorten(item.name.replace("_", " "), 46),
+            "name": shorten(item.name.replace("_", " "), 58),
             "value": number(item.value, 3 if abs(item.value) < 0.1 else 2) if finite(item.value) else "n/a",
             "threshold": shorten(item.threshold, 20),
             "mark": "\u2713 holds" if item.holds else "\u2717 fails",
@@ -44,9 +44,9 @@ def verdict(results: Results) -> Drawing | None:
     table = ledger.columns(
         rows,
         (
-            Column("name", "evidence", 245),
+            Column("name", "evidence", 290),
             Column("value", "value", 72, align="right", bold=True),
-            Column("threshold", "threshold", 105),
+            Column("threshold", "threshold", 90),
             Column("mark", "", 66, "color", bold=True),
         ),
     )
@@ -65,7 +65,7 @@ def verdict(results: Results) -> Drawing | None:
             .mark_point(filled=True, size=65, opacity=1)
             .encode(x=x, y=y, color=alt.Color("color:N", scale=None))
         )
-        parts.append((alt.layer(line, zero, tick, dot)).properties(width=165, height=ledger.height(rows)))
+        parts.append((alt.layer(line, zero, tick, dot)).properties(width=140, height=ledger.height(rows)))
     return style.finish(
         alt.hconcat(*parts, spacing=14),
         f"What decided: {printable(results.verdict.mechanism).replace('_', ' ')}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qklens.report.story import attention, beyond, closing, know, steering
-from qklens.report.story.headline import MECHANISM_WORDS, KeyNumber, headline, key_numbers
+from qklens.report.story.headline import MECHANISM_WORDS, KeyNumber, caveats, headline, key_numbers
 from qklens.report.story.parts import Section, Table
 from qklens.studies.results import Results
 
@@ -27,4 +27,4 @@ def sections(results: Results) -> tuple[Section, ...]:
     )
 
 
-__all__ = ["MECHANISM_WORDS", "KeyNumber", "Section", "Table", "headline", "key_numbers", "sections"]
+__all__ = ["MECHANISM_WORDS", "KeyNumber", "Section", "Table", "caveats", "headline", "key_numbers", "sections"]

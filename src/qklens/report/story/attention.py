@@ -5,6 +5,7 @@ from __future__ import annotations
 from qklens.report.figures.interactions import ranked
 from qklens.report.figures.style import pair_words
 from qklens.report.figures.zscores import nulls_shown
+from qklens.report.story import pull
 from qklens.report.story.parts import Section, Table, empty
 from qklens.report.text import (
     count,
@@ -20,6 +21,8 @@ from qklens.report.text import (
     printable,
     role_words,
     signed,
+    source_words,
+    z_value,
 )
 from qklens.studies.results import Results, ZScore
 
@@ -44,7 +47,7 @@ def heads(results: Results) -> Section:
         f"{signed(harm)} under harm."
     ]
     text = (
-        "Giving them back the pattern they have on the bare question moves the mean margin from "
+        "Giving the selected heads back the pattern they have on the bare question moves the mean margin from "
         f"{number(details.harm_margin)} to {number(details.patched_margin)} logits, {percent(details.restored)} of "
         f"what was lost ({percent_interval(details.restored_ci)}), with {percent(details.patched_accuracy)} correct. "
         f"The same patch restores {percent(details.restored_random_heads)} at as many other heads and "
@@ -61,6 +64,8 @@ def heads(results: Results) -> Section:
             "mean little."
         )
     paragraphs.append(text)
+    if chosen:
+        paragraphs[1:1] = [pull.tokens_sentence(chosen), pull.benign_sentence(chosen)]
     table = Table(
         "Candidate heads",
         (
@@ -96,8 +101,10 @@ def heads(results: Results) -> Section:
         tuple(paragraphs),
         "Maps: discovery half. Everything else: report half. Attention is read at the answer position. Letter logit: "
         "direct logit attribution of the correct letter. Restored share: (patched \u2212 harm) / (no intent \u2212 "
-        "harm) of the mean margin; it can exceed 100%. Keys and values are left as they are under harm.",
-        (table,),
+        "harm) of the mean margin; it can exceed 100%. Keys and values are left as they are under harm. A token's "
+        "attention is summed over its occurrences at that place and averaged over all prompts; the chat template after "
+        "the user's text includes the answer position itself.",
+        (table, *pull.tables(chosen)),
     )
 
 
@@ -121,10 +128,11 @@ def interactions(results: Results) -> Section:
             ),
             None,
         )
+        at = head_name(row.layer, row.head)
         was = f"; with no intent the same pair gives {signed(clean)}" if clean is not None else ""
         paragraphs.append(
-            f"Under harm the {end} {kind} pair is {_source(row.query, row.query_role)} (query) with "
-            f"{_source(row.key, row.key_role)} (key) at {head_name(row.layer, row.head)}: {signed(row.value)}{was}."
+            f"Under harm the {end} {kind} pair is {source_words(row.query, row.query_role)} (query) with "
+            f"{source_words(row.key, row.key_role)} (key) at {at}: {signed(row.value)}{was}."
         )
     if results.completeness is not None:
         paragraphs.append(
@@ -161,10 +169,6 @@ def interactions(results: Results) -> Section:
     )
 
 
-def _source(name: str, role: str | None) -> str:
-    return printable(name) if role is None else f"{role_words(role)} ({printable(name)})"
-
-
 def pair_z(results: Results, query_role: str, key_role: str, null: str) -> list[ZScore]:
     """The z-scores of one named pair against one null, over heads and features."""
     return [
@@ -184,7 +188,7 @@ def zscores(results: Results) -> Section:
     for query, key in dict.fromkeys((row.query_role, row.key_role) for row in results.zscores):
         by_null = {null: pair_z(results, query, key, null) for null in nulls_shown(results)}
         values = listing(
-            f"{signed(mean(r.z for r in rows), 1)} ({_null(null)})" for null, rows in by_null.items() if rows
+            f"{z_value(mean(r.z for r in rows))} ({_null(null)})" for null, rows in by_null.items() if rows
         )
         text = f"{pair_words(query, key).capitalize()}: mean z {values}."
         missing = [null for null in CLAIM_NULLS if not by_null.get(null)]
@@ -199,8 +203,8 @@ def zscores(results: Results) -> Section:
                 if abs(places[0][at]) >= 2 and abs(places[1][at]) >= 2 and places[0][at] * places[1][at] > 0
             ]
             text += (
-                f" At least 2 standard deviations out, on the same side of both nulls, in {len(far)} of "
-                f"{len(shared)} cases."
+                f" At {len(far)} of {count(len(shared), 'place')} (a head and a feature pair) it lies at least 2 "
+                f"standard deviations out, on the same side, under both {listing(map(_null, CLAIM_NULLS))}."
             )
         paragraphs.append(text)
     notes = dict.fromkeys(printable(h.note) for h in results.null_histograms if h.note)
@@ -215,7 +219,7 @@ def zscores(results: Results) -> Section:
                 role_words(r.key_role),
                 _null(r.null),
                 signed(r.value, 3),
-                signed(r.z, 1),
+                z_value(r.z),
                 p_value(r.p).removeprefix("p = ").removeprefix("p "),
                 p_value(r.q).removeprefix("p = ").removeprefix("p "),
             )

@@ -19,6 +19,8 @@ from qklens.report.text import (
     printable,
     role_words,
     signed,
+    source_words,
+    z_value,
 )
 from qklens.studies.results import Results
 
@@ -35,15 +37,16 @@ def error_terms(results: Results) -> Section:
     total = mean(row.total for row in rows)
     paragraphs = [
         f"Under harm, over {count(len(rows), 'head')}, refuse-and-redirect changes the score by {signed(total)} on "
-        "average: " + listing(f"{signed(value)} through {printable(part)}" for part, value in sizes.items()) + "."
+        "average: " + listing(f"{signed(value)} through {_part(part)}" for part, value in sizes.items()) + "."
     ]
     with_zero = [head_name(r.layer, r.head) for r in rows if "error" in r.ci and includes(r.ci["error"], 0)]
     if with_zero:
-        paragraphs.append(f"The error's interval includes zero at {listing(with_zero)}.")
+        paragraphs.append(f"At {listing(with_zero)} the error's interval includes zero.")
     without = [head_name(r.layer, r.head) for r in rows if "error" in r.ci and not includes(r.ci["error"], 0)]
     if without:
         paragraphs.append(
-            f"At {listing(without)} it does not: part of the effect there has no name in this dictionary."
+            f"At {listing(without)} the error's interval excludes zero: part of the effect there has no name in this "
+            "dictionary."
         )
     names = [*parts, "total"]
     table = Table(
@@ -75,6 +78,10 @@ def error_terms(results: Results) -> Section:
     )
 
 
+def _part(name: str) -> str:
+    return {"bias": "the dictionary's bias", "error": "its error"}.get(name, printable(name))
+
+
 def partners(results: Results) -> Section:
     """Both ends of the ranking of key features."""
     title = "Other features that refuse-and-redirect meets"
@@ -86,14 +93,12 @@ def partners(results: Results) -> Section:
     def name(index: int) -> str:
         partner = ordered[index]
         tokens = ", ".join(printable(token) for token in partner.top_tokens[:3])
-        label = (
-            f"{role_words(partner.role)} ({printable(partner.feature)})" if partner.role else printable(partner.feature)
-        )
-        return f"{label} at z {signed(partner.z, 1)}" + (f" (active on {tokens})" if tokens else "")
+        label = source_words(partner.feature, partner.role)
+        return f"{label} at z {z_value(partner.z)}" + (f" (active on {tokens})" if tokens else "")
 
     negative = [i for i, p in enumerate(ordered) if p.value < 0][:3]
     paragraphs = [
-        f"Of {count(len(ordered), 'listed key feature')}, the most negative "
+        f"Of {count(len(ordered), 'key feature')} listed from both ends of the ranking, the most negative "
         + (
             f"{'is' if len(negative) == 1 else 'are'} {listing(map(name, negative))}."
             if negative
@@ -106,7 +111,7 @@ def partners(results: Results) -> Section:
             f"Counted from the negative end of this list, harm detection ranks {listing(map(str, harm))}."
         )
     else:
-        paragraphs.append("The feature named harm detection is not in this list.")
+        paragraphs.append("Harm detection is not in this list: at neither end is it among the strongest partners.")
     sets = list(dict.fromkeys(s for p in ordered for s in p.activation))
     table = Table(
         "Partners",
@@ -125,7 +130,7 @@ def partners(results: Results) -> Section:
                 printable(p.feature),
                 role_words(p.role) if p.role else "",
                 signed(p.value, 3),
-                signed(p.z, 1),
+                z_value(p.z),
                 ", ".join(map(printable, p.top_tokens)),
                 *(number(p.activation.get(s)) for s in sets),
             )
@@ -153,21 +158,24 @@ def transfer(results: Results) -> Section:
     if not results.transfer or "transfer" in results.skipped:
         return empty(results, "transfer", title, question)
     paragraphs: list[str] = []
+    steered = not any(r.stage == "steer_query" and r.chosen and r.strength == 0 for r in results.steering)
     for name in dict.fromkeys(row.set for row in results.transfer):
         rows = {row.condition: row for row in results.transfer if row.set == name}
         none, harm = rows.get("none"), rows.get("harm")
         if none is None or harm is None:
-            paragraphs.append(f"{printable(name)}: not measured under both no intent and harm.")
+            paragraphs.append(f"{_upper(printable(name))}: not measured under both no intent and harm.")
             continue
         text = (
-            f"{printable(name)}: accuracy {change(none.accuracy, harm.accuracy)} (n = {harm.n}, "
+            f"{_upper(printable(name))}: accuracy {change(none.accuracy, harm.accuracy)} (n = {harm.n}, "
             f"{percent_interval(harm.ci)}), and the heads' attention difference goes from "
             f"{signed(none.attention_difference)} to {signed(harm.attention_difference)}."
         )
         if includes(harm.ci, none.accuracy):
             text += " The interval includes the accuracy with no intent: no effect is shown here."
-        if harm.steered_accuracy is not None:
-            text += f" With refuse-and-redirect steered it is {percent(harm.steered_accuracy)}"
+        if not steered:
+            text += " Nothing is steered here, as no strength helped on the main set."
+        elif harm.steered_accuracy is not None:
+            text += f" With refuse-and-redirect steered, accuracy is {percent(harm.steered_accuracy)}"
             text += (
                 ", within the interval of the unsteered accuracy." if includes(harm.ci, harm.steered_accuracy) else "."
             )
@@ -211,6 +219,10 @@ def transfer(results: Results) -> Section:
     )
 
 
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def origin(results: Results) -> Section:
     """Base, post-trained, and the checkpoints between."""
     title = "Origin in training"
@@ -223,7 +235,7 @@ def origin(results: Results) -> Section:
         f"At {printable(row.checkpoint)}, accuracy "
         f"{change(row.accuracy.get('none', math.nan), row.accuracy.get('harm', math.nan))} under harm; "
         f"refuse-and-redirect's contrast is {signed(row.refuse_contrast)} and its interaction with harm detection "
-        f"has z {signed(row.refuse_harm_z, 1)}."
+        f"has z {z_value(row.refuse_harm_z)}."
         for row in ([first] if first is last else [first, last])
     ]
     shown = [
@@ -248,7 +260,7 @@ def origin(results: Results) -> Section:
                 signed(r.attention_difference.get("harm")),
                 signed(r.refuse_contrast),
                 signed(r.refuse_harm_interaction, 3),
-                signed(r.refuse_harm_z, 1),
+                z_value(r.refuse_harm_z),
             )
             for r in rows
         ),
@@ -258,7 +270,8 @@ def origin(results: Results) -> Section:
         title,
         question,
         tuple(paragraphs),
-        "Same items, heads and directions at every checkpoint, each with its own weights. Contrast: harm minus benign "
+        "The report half's items, and the same heads and directions, at every checkpoint with its "
+        "own weights. Contrast: harm minus benign "
         "activation of refuse-and-redirect at the answer position. Features are those of the last checkpoint, and "
         "may fit earlier ones less well.",
         (table,),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qklens.report.story.headline import MECHANISM_WORDS
+from qklens.report.story.headline import MECHANISM_WORDS, caveats
 from qklens.report.story.parts import Section, Table
-from qklens.report.text import count, finite, number, percent, printable
+from qklens.report.story.pull import place_words, quoted, strongest
+from qklens.report.text import count, finite, head_name, number, percent, printable
 from qklens.studies.results import Results
 
 METHODS: tuple[tuple[str, str], ...] = (
@@ -30,7 +31,8 @@ METHODS: tuple[tuple[str, str], ...] = (
     (
         "Controls",
         "Every edit is shown beside a random direction and an unrelated feature of equal norm at the same positions, "
-        "and beside the same edit under a benign intent. An edit that raises accuracy no more than its controls "
+        "and beside the same edit under a benign intent. At the chosen strength the random control is the mean over "
+        "several draws, and the best of them is quoted too. An edit that raises accuracy no more than its controls "
         "explains nothing.",
     ),
     (
@@ -51,12 +53,20 @@ METHODS: tuple[tuple[str, str], ...] = (
 )
 
 
+_OTHER_TOKENS = frozenset({"undetermined", "attention_answer_key", "attention_harm_key"})
+
+
+def _named(mechanism: str) -> str:
+    words = MECHANISM_WORDS[mechanism]
+    return words if words == mechanism else f"{words} ({mechanism})"
+
+
 def verdict(results: Results) -> Section:
     """The rule, its confidence and its numbers."""
     found = results.verdict
     failing = [item for item in found.evidence if not item.holds]
     paragraphs = [
-        f"Verdict: {MECHANISM_WORDS[found.mechanism]} ({found.mechanism}), confidence {number(found.confidence)}.",
+        f"Verdict: {_named(found.mechanism)}, confidence {number(found.confidence)}.",
         f"Rule: {printable(found.rule).rstrip('.')}.",
     ]
     if found.evidence:
@@ -66,6 +76,15 @@ def verdict(results: Results) -> Section:
         )
     else:
         paragraphs.append("No evidence was recorded.")
+    drawn = strongest(results)
+    if drawn is not None and found.mechanism in _OTHER_TOKENS:
+        row, token = drawn
+        paragraphs.append(
+            f"Under harm the token outside the options that gains most of a selected head's attention is "
+            f"{quoted(token.token)} ({place_words(token.span)}): at {head_name(row.layer, row.head)} it goes from "
+            f"{percent(token.attention.get('none'))} to {percent(token.attention.get('harm'))} (section 3)."
+        )
+    paragraphs += [f"Caveat: {text}" for text in caveats(results)]
     table = Table(
         "Evidence",
         ("evidence", "value", "threshold", "holds", "meaning"),
@@ -99,9 +118,9 @@ def completeness(results: Results) -> tuple[str, ...]:
         reason = results.skipped.get("interactions")
         return ("The decomposition was not checked" + (f": {printable(reason).rstrip('.')}." if reason else "."),)
     verdict = (
-        "within the promised 1e-4"
+        "within the promised 1e\u22124"
         if finite(found.max_relative_error) and found.max_relative_error <= 1e-4
-        else "above the promised 1e-4, so the decomposition should not be trusted"
+        else "above the promised 1e\u22124, so the decomposition should not be trusted"
     )
     return (
         f"Over {count(found.n_scores, 'score')} of all heads, the sum of all pair terms differs from the model's own "

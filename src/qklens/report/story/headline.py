@@ -1,4 +1,4 @@
-"""The first thing a reader sees: the verdict in a sentence made of its numbers, and five numbers to hold it against."""
+"""The first thing a reader sees: the verdict in a sentence made of its numbers, and six numbers to hold it against."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from qklens.report.story.attention import CLAIM_NULLS, pair_z
 from qklens.report.story.know import change
 from qklens.report.story.parts import not_run
-from qklens.report.story.steering import effects
+from qklens.report.story.pull import place_words, quoted, strongest
+from qklens.report.story.steering import Effect, effects
 from qklens.report.text import (
     count,
-    finite,
+    head_name,
     interval,
     listing,
     mean,
@@ -19,7 +20,7 @@ from qklens.report.text import (
     percent_interval,
     printable,
     role_words,
-    signed,
+    z_value,
 )
 from qklens.studies.results import Results
 
@@ -44,7 +45,17 @@ class KeyNumber:
 
 
 def headline(results: Results) -> str:
-    """The verdict in plain English, from the numbers."""
+    """The verdict in plain English, from the numbers, with what the number of items leaves open."""
+    text = _sentence(results)
+    return f"{text} This is tentative; the caveats are below." if results.verdict.caveats else text
+
+
+def caveats(results: Results) -> tuple[str, ...]:
+    """What the verdict leaves open, a sentence each."""
+    return tuple(f"{_upper(printable(caveat).rstrip('.'))}." for caveat in results.verdict.caveats)
+
+
+def _sentence(results: Results) -> str:
     none, harm = results.behaviour.get("none"), results.behaviour.get("harm")
     if none is None or harm is None:
         return (
@@ -73,7 +84,9 @@ def headline(results: Results) -> str:
             reasons = _because(_patch(results), _pair(results, "correct_answer"))
             return f"{_upper(moves)}; the evidence points to attention{reasons}."
         case "undetermined":
-            return f"{_upper(moves)}; the evidence does not settle how{_because(_patch(results))}."
+            rule = printable(results.verdict.rule).rstrip(".")
+            patch = _patch(results)
+            return f"{_upper(moves)}. The mechanism is undetermined: {rule}{f'; {patch}' if patch else ''}."
 
 
 def _upper(text: str) -> str:
@@ -107,12 +120,19 @@ def _pair(results: Results, key_role: str) -> str:
     if not rows:
         return ""
     # No-break spaces keep the number on one line with its name.
-    return f"refuse-and-redirect meets {role_words(key_role)} at z\u00a0=\u00a0{number(mean(r.z for r in rows), 1)}"
+    return f"refuse-and-redirect meets {role_words(key_role)} at z\u00a0=\u00a0{z_value(mean(r.z for r in rows))}"
 
 
 def key_numbers(results: Results) -> tuple[KeyNumber, ...]:
-    """Five numbers, in the order of the argument; one that was not measured says why."""
-    return (_accuracy(results), _auc(results), _restored(results), _z(results), _steered(results))
+    """Six numbers, in the order of the argument; one that was not measured says why."""
+    return (
+        _accuracy(results),
+        _auc(results),
+        _restored(results),
+        _drawn(results),
+        _z(results),
+        _steered(results),
+    )
 
 
 def _accuracy(results: Results) -> KeyNumber:
@@ -148,15 +168,31 @@ def _restored(results: Results) -> KeyNumber:
     )
 
 
+def _drawn(results: Results) -> KeyNumber:
+    label = "Attention on the token that draws a selected head most under harm"
+    if results.heads_details is None:
+        return KeyNumber(label, "\u2014", not_run(results, "heads"))
+    found = strongest(results)
+    if found is None:
+        return KeyNumber(label, "none", "no token outside the options gains a tenth of a selected head's attention")
+    row, token = found
+    return KeyNumber(
+        label,
+        percent(token.attention.get("harm")),
+        f"{head_name(row.layer, row.head)} on {quoted(token.token)}, {place_words(token.span)}; no intent: "
+        f"{percent(token.attention.get('none'))}, benign: {percent(token.attention.get('benign'))}",
+    )
+
+
 def _z(results: Results) -> KeyNumber:
     label = "z, refuse-and-redirect \u00d7 harm detection"
     first, second = (pair_z(results, "refuse_redirect", "harm_detection", null) for null in CLAIM_NULLS)
     if not first and not second:
         return KeyNumber(label, "\u2014", not_run(results, "zscores"))
     answer = pair_z(results, "refuse_redirect", "correct_answer", CLAIM_NULLS[0])
-    matched = f"matched null: {signed(mean(r.z for r in second), 1)}" if second else "no matched null: no claim"
-    contrast = f"; \u00d7 correct answer: {signed(mean(r.z for r in answer), 1)}" if answer else ""
-    return KeyNumber(label, signed(mean(r.z for r in first or second), 1), matched + contrast)
+    matched = f"matched null: {z_value(mean(r.z for r in second))}" if second else "no matched null: no claim"
+    contrast = f"; \u00d7 correct answer: {z_value(mean(r.z for r in answer))}" if answer else ""
+    return KeyNumber(label, z_value(mean(r.z for r in first or second)), matched + contrast)
 
 
 def _steered(results: Results) -> KeyNumber:
@@ -166,13 +202,24 @@ def _steered(results: Results) -> KeyNumber:
     if not whole and not query:
         return KeyNumber(label, "\u2014", not_run(results, "steer_all"))
     first = (whole or query)[0]
-    rivals = [row.accuracy for row in first.controls.values() if row.condition == "harm" and finite(row.accuracy)]
-    details = [
-        f"without: {percent(first.before)}",
-        f"best control: {percent(max(rivals))}" if rivals else "no control measured",
-    ]
+    details = [f"without: {percent(first.before)}", _beside(first)]
     if whole and query:
-        details.append(f"query side only: {percent(query[0].point.accuracy)}")
+        details.append(
+            "query side only: no strength helped"
+            if query[0].no_edit
+            else f"query side only: {percent(query[0].point.accuracy)} ({_beside(query[0])})"
+        )
+    if first.no_edit:
+        return KeyNumber(label, "no strength helped", "; ".join([details[0], *details[2:]]))
     if not first.was_chosen:
         details.append("strength not chosen beforehand")
     return KeyNumber(label, percent(first.point.accuracy), "; ".join(details))
+
+
+def _beside(one: Effect) -> str:
+    best = one.best_control
+    if best is None:
+        return "no control measured"
+    random = one.random
+    spread = f"; random mean {percent(random.accuracy)}" if random is not None and random.draws is not None else ""
+    return f"best control: {percent(best[1])}, {best[0]}{spread}"

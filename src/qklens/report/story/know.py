@@ -72,16 +72,17 @@ def behaviour(results: Results) -> Section:
     paragraphs.append(text)
     bias = listing(f"{percent(row.fraction_A)} {WORDS[name]}" for name, row in found.items())
     paragraphs.append(
-        f"The first letter is chosen on {bias}. The letter's surface form is "
+        f"The share of prompts answered A is {bias}. The letter's surface form is "
         f"\u201c{printable(details.letter_form)}\u201d."
     )
     harmed = details.accuracy_by_order.get("harm")
     if harmed is not None and abs(harmed[0] - harmed[1]) >= _ONE_LETTER:
+        fallback = "A" if harmed[0] > harmed[1] else "B"
         paragraphs.append(
             f"After a harmful intent the accuracy is {percent(harmed[0])} where the correct option is A and "
-            f"{percent(harmed[1])} where it is B: the model falls back on one letter rather than choosing the wrong "
-            "option, so an accuracy near 50% is what losing the question looks like, and an edit that does nothing "
-            "stays there."
+            f"{percent(harmed[1])} where it is B: the model falls back on the letter {fallback} rather than choosing "
+            "the wrong option, so an accuracy near 50% is what losing the question looks like, and an edit that does "
+            "nothing stays there."
         )
     if finite(details.unknown_token_share) and details.unknown_token_share > 0:
         paragraphs.append(f"{percent(details.unknown_token_share, 2)} of prompt tokens are unknown to the tokenizer.")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from qklens.analyses.attended import attended_tokens, place_mass
 from qklens.analyses.heads import (
     candidate_heads,
     clean_pattern_patch,
@@ -14,12 +19,15 @@ from qklens.analyses.heads import (
 )
 from qklens.analyses.readings import SPANS, read_patterns
 from qklens.analyses.statistics import bootstrap_mean, bootstrap_ratio, wilson
-from qklens.data.render import CONDITIONS
+from qklens.data.render import CONDITIONS, Condition, Prompt
 from qklens.interventions.patch import PatternPatch
 from qklens.interventions.steer import Head
 from qklens.studies.harm_pressure.lab import Half, Lab
 from qklens.studies.journal import StageOutput
-from qklens.studies.results import HeadRow, HeadsDetails
+from qklens.studies.results import AttendedToken, HeadRow, HeadsDetails
+
+SHOWN_TOKENS = 5
+PRESSED: tuple[Literal["harm"], Literal["benign"]] = ("harm", "benign")
 
 
 def run(lab: Lab) -> StageOutput:
@@ -27,8 +35,8 @@ def run(lab: Lab) -> StageOutput:
     candidates = candidate_heads(lab.attention("none", "discovery"))
     patch = _patch(lab, "discovery", candidates)
     harm, clean = lab.work("harm", "discovery"), lab.attention("none", "discovery").margins
-    lost = (clean - lab.attention("harm", "discovery").margins).double().numpy()
-    low, _ = bootstrap_mean(lost.reshape(-1, 2).mean(axis=1), lab.seed)
+    lost = clean - lab.attention("harm", "discovery").margins
+    low, _ = bootstrap_mean(_items(lost), lab.seed)
     ranked = candidates
     if low > 0:  # without a loss there is nothing to restore, and the ranking by attention and letter stands
         harmed = harm.margins()
@@ -36,7 +44,8 @@ def run(lab: Lab) -> StageOutput:
         ranked = sorted(candidates, key=lambda h: -alone[h])
     selected, curve = select_heads(harm, clean, patch, ranked)
     details = _joint(lab, selected, curve)
-    rows = [_row(lab, head, head in selected) for head in ranked]
+    patterns = {c: read_patterns(lab.work(c, "report"), ranked) for c in CONDITIONS}
+    rows = [_row(lab, head, {c: patterns[c][head] for c in CONDITIONS}, selected=head in selected) for head in ranked]
     return StageOutput(
         results={"heads": [row.model_dump() for row in rows], "heads_details": details.model_dump()},
         state={"selected": [list(head) for head in selected], "ranked": [list(head) for head in ranked]},
@@ -48,24 +57,33 @@ def _patch(lab: Lab, half: Half, heads: list[Head]) -> PatternPatch:
     return clean_pattern_patch(lab.prompts("none", half), rows, lab.prompts("harm", half), heads)
 
 
-def _row(lab: Lab, head: Head, selected: bool) -> HeadRow:
+def _row(lab: Lab, head: Head, patterns: dict[Condition, list[Tensor]], *, selected: bool) -> HeadRow:
     layer, h = head
+    prompts: dict[Condition, list[Prompt]] = {c: lab.prompts(c, "report") for c in CONDITIONS}
+    tokenizer = lab.subject.tokenizer
     readings = {c: lab.attention(c, "report") for c in CONDITIONS}
     none, harm = readings["none"], readings["harm"]
     difference = {c: readings[c].difference[:, layer, h] for c in CONDITIONS}
     patched = lab.work("harm", "report").margins([_patch(lab, "report", [head])])
     ablated = lab.work("none", "report").margins([mean_ablation(lab.attention("none", "discovery"), head)])
-    by_item = difference["none"].double().numpy().reshape(-1, 2).mean(axis=1)
+    by_item = {c: _items(difference[c]) for c in CONDITIONS}
+    change = {c: by_item[c] - by_item["none"] for c in PRESSED}
     return HeadRow(
         layer=layer,
         head=h,
         attention_difference_none=float(difference["none"].mean()),
         attention_difference_harm=float(difference["harm"].mean()),
         attention_difference_benign=float(difference["benign"].mean()),
-        attention_difference_ci=bootstrap_mean(by_item, lab.seed),
+        attention_difference_ci=bootstrap_mean(by_item["none"], lab.seed),
         attention={
             c: dict(zip(SPANS, readings[c].mass[:, layer, h].mean(dim=0).tolist(), strict=True)) for c in CONDITIONS
         },
+        attention_by_place={c: place_mass(prompts[c], patterns[c]) for c in CONDITIONS},
+        attention_change={c: (float(change[c].mean()), *bootstrap_mean(change[c], lab.seed)) for c in PRESSED},
+        top_tokens=[
+            AttendedToken(token=str(tokenizer.decode([at.token])), span=at.place, attention=at.attention)
+            for at in attended_tokens(prompts, patterns, SHOWN_TOKENS)
+        ],
         letter_logit=float(none.letter_logit[:, layer, h].mean()),
         letter_logit_harm=float(harm.letter_logit[:, layer, h].mean()),
         ablation_drop=float((none.margins - ablated).mean()),
@@ -102,5 +120,5 @@ def _joint(lab: Lab, selected: list[Head], curve: list[float]) -> HeadsDetails:
     )
 
 
-def _items(by_prompt: Tensor):  # noqa: ANN202
+def _items(by_prompt: Tensor) -> NDArray[np.float64]:
     return by_prompt.double().numpy().reshape(-1, 2).mean(axis=1)

@@ -48,14 +48,22 @@ def steer_all(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageO
     def make(d: Direction, strength: float) -> Steer:
         return Steer(d, strength, side="residual", layers=(layer,))
 
-    return _sweep(lab, "steer_all", f"{direction.label}, residual stream, layer {layer}", direction, make, roles)
+    return _sweep(
+        lab,
+        "steer_all",
+        f"{named('refuse_redirect', direction)}, residual stream, layer {layer}",
+        direction,
+        make,
+        roles,
+    )
 
 
 def steer_query(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
     """Refuse-and-redirect only where the chosen heads' queries read it, at the answer position."""
     direction = role_direction(lab, feature_index(lab.source, roles["refuse_redirect"]), "refuse_redirect")
-    name = ", ".join(f"L{layer}H{head}" for layer, head in heads)
-    return _sweep(lab, "steer_query", f"{direction.label}, query side of {name}", direction, query_steer(heads), roles)
+    where = ", ".join(f"L{layer}H{head}" for layer, head in heads)
+    variant = f"{named('refuse_redirect', direction)}, query side of {where}"
+    return _sweep(lab, "steer_query", variant, direction, query_steer(heads), roles)
 
 
 def query_steer(heads: Sequence[Head]) -> Make:
@@ -72,7 +80,7 @@ def steer_key(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageO
     direction = role_direction(lab, feature_index(lab.source, roles["harm_detection"]), "harm_detection")
     layers = tuple(layer for layer in direction.layers if layer <= max(layer for layer, _ in heads))
     name = ", ".join(f"L{layer}H{head}" for layer, head in heads)
-    reach = "layers " + ", ".join(map(str, layers))
+    reach = layer_words(layers)
     at_heads = (f"keys of {name}", {"heads": tuple(heads)})
     everywhere = (f"keys of all heads, {reach}", {"layers": layers})
     stream = (f"residual stream, {reach}", {"layers": layers, "side": "residual"})
@@ -93,6 +101,22 @@ def steer_key(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageO
                 lab, "steer_key", f"{target}, {where}", direction, make, roles, strengths, "harm_detection"
             )
     return StageOutput(results={"steering": [p.model_dump() for p in points]})
+
+
+def named(role: Role, direction: Direction) -> str:
+    """A direction by its role, with the feature's label where it has one of its own."""
+    words = {"refuse_redirect": "refuse-and-redirect", "harm_detection": "harm detection"}.get(role, role)
+    return words if direction.label == role else f"{words} ({direction.label})"
+
+
+def layer_words(layers: Sequence[int]) -> str:
+    """`layer 2`, `layers 0 and 2`, and `layers 0 to 3` for a run without gaps."""
+    *most, last = sorted(layers)
+    if not most:
+        return f"layer {last}"
+    if len(most) > 1 and last - most[0] == len(most):
+        return f"layers {most[0]} to {last}"
+    return f"layers {', '.join(map(str, most))} and {last}"
 
 
 def _sweep(

@@ -26,6 +26,7 @@ from qklens.studies.config import StudyConfig
 from qklens.studies.harm_pressure import (
     behaviour,
     belief,
+    certainty,
     error_terms,
     heads,
     interactions,
@@ -116,7 +117,8 @@ def _verdict(run: _Run) -> StageOutput:
         attention_harm=float(np.mean([r["attention_difference_harm"] for r in rows])) if rows else 0.0,
         removal=verdict.measure_removals(lab, selected) if solved and selected else {},
     )
-    return StageOutput(results={"verdict": verdict.decide(measured).model_dump()}, state={"removal": measured.removal})
+    found = certainty.qualified(verdict.decide(measured), measured.behaviour, head_details, len(lab.halves["report"]))
+    return StageOutput(results={"verdict": found.model_dump()}, state={"removal": measured.removal})
 
 
 def _origin(run: _Run) -> StageOutput:
