@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qklens.data.items import Item
 from qklens.data.render import (
+    INSTRUCTION,
     PARTS,
     Condition,
     Order,

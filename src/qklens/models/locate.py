@@ -32,7 +32,8 @@ def locate_model(name: str) -> Path:
         return path
     if path.is_file():
         raise QklensError(
-            f"{name}: no such model directory but a file; expected a directory with config.json and *.safetensors, or *.gguf"
+            f"{name}: no such model directory but a file; expected a directory with config.json and *.safetensors, or "
+            "a .gguf file"
         )
     found = _HUB_ID.fullmatch(name)
     if found is None or name.startswith((".", "/", "~")):
