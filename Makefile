@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ORACLE := .venv-oracle
 export HF_HUB_OFFLINE := 1
 
-.PHONY: study test check organism wheel clean
+.PHONY: study test check organism oracle wheel clean
 
 study: $(INSTALLED)  ## run the harm-pressure study on the model that ships
 	$(BIN)/qklens study harm-pressure
@@ -14,14 +15,19 @@ test: $(VENV)/.dev  ## the whole test suite
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.dev  ## lint, types, layers
-	$(BIN)/ruff check src tests organism
-	$(BIN)/ruff format --check src tests organism
+	$(BIN)/ruff check src tests organism oracle
+	$(BIN)/ruff format --check src tests organism oracle
 	$(BIN)/pyright --pythonpath $(BIN)/python src
 	$(BIN)/lint-imports
 
 organism: $(VENV)/.dev  ## train the shipped models and their dictionary again
 	$(BIN)/python -m organism.train
 	$(BIN)/python -m organism.dictionary
+
+oracle: $(INSTALLED) $(ORACLE)/.installed  ## compare with TransformerLens, which has an environment of its own
+	$(BIN)/python -m oracle.qklens_side
+	$(ORACLE)/bin/python -m oracle.lens_side
+	$(BIN)/python -m oracle.compare
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel
@@ -37,5 +43,12 @@ $(VENV)/.dev: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(ORACLE)/.installed: oracle/constraints.txt
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/python -m pip install --quiet --upgrade -c oracle/constraints.txt pip
+	$(ORACLE)/bin/python -m pip install --quiet torch -c oracle/constraints.txt
+	$(ORACLE)/bin/python -m pip install --quiet transformer-lens -c oracle/constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) dist build runs
+	rm -rf $(VENV) $(ORACLE) dist build runs
