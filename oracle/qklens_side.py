@@ -19,12 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging
 
 from oracle.cases import CASES, EDIT_NORM, HEADS, LAYERS, PROMPTS, RUNS, VOCABULARY, Case
+from qklens import Directions, Subject, left_padded, load_subject
 from qklens.analyses.interactions import head_lens, write_prompts
-from qklens.dictionaries.directions import Directions
-from qklens.models.batch import left_padded
-from qklens.models.passes import AttentionRead, Reads, VectorEdit, run_pass
+from qklens.models.attention import AttentionRead
+from qklens.models.passes import Reads, VectorEdit, run_pass
 from qklens.models.scores import ScoreMaps, score_maps
-from qklens.models.subject import Subject, load_subject
 
 
 def write_model(case: Case) -> None:
