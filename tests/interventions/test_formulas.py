@@ -8,6 +8,7 @@ import torch
 from qklens.data.render import LetterForm, render
 from qklens.interventions.direction import Direction
 from qklens.interventions.engine import Workset
+from qklens.interventions.patch import align_rows
 from qklens.interventions.steer import Steer
 from qklens.models.batch import left_padded
 
@@ -75,3 +76,14 @@ def test_results_stand_in_the_order_of_the_prompts(tiny_llama, word_tokenizer, i
     alone = torch.cat([Workset(subject, [prompt]).margins() for prompt in prompts])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together, together.flip(0), atol=1e-2)
+
+
+def test_weight_on_an_intent_that_the_receiver_lacks_stays_before_the_question(word_tokenizer, items):
+    """None of it may reach the question or an option: that would restore an answer that the pattern did not look at."""
+    none, harm = (render(word_tokenizer, items[0], c, "correct_first", FORM) for c in ("none", "harm"))
+    row = torch.zeros(len(harm.tokens))
+    row[list(harm.span("intent"))] = 1.0
+    moved = align_rows(harm, none, row)
+    before = none.span("question")[0]
+    assert float(moved[:before].sum()) == pytest.approx(len(harm.span("intent")))
+    assert not moved[before:].any()
