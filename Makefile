@@ -6,13 +6,16 @@ INSTALLED := $(VENV)/.installed
 ORACLE := .venv-oracle
 export HF_HUB_OFFLINE := 1
 
-.PHONY: study test check organism oracle wheel clean
+.PHONY: study test coverage check organism oracle wheel clean
 
 study: $(INSTALLED)  ## run the harm-pressure study on the model that ships
 	$(BIN)/qklens study harm-pressure
 
 test: $(VENV)/.dev  ## the whole test suite
 	$(BIN)/python -m pytest
+
+coverage: $(VENV)/.dev  ## the same with branch coverage, slower
+	$(BIN)/python -m pytest --cov
 
 check: $(VENV)/.dev  ## lint, types, layers
 	$(BIN)/ruff check src tests organism oracle
@@ -33,6 +36,8 @@ wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "'$(PYTHON)' is not Python 3.11 or newer; install one and name it: make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt

@@ -19,7 +19,7 @@ from qklens.analyses.statistics import (
     wilson,
 )
 from qklens.errors import QklensError
-from qklens.models.scores import offset_rotation, score_maps
+from qklens.models.scores import offset_rotation, score_maps, virtual_interaction
 
 N_FEATURES = 400
 
@@ -112,6 +112,65 @@ def test_a_small_source_draws_from_the_covariance_and_says_so(head, features):
     pair = (small.vectors[0], small.vectors[1])
     assert "covariance" in (null_test("random_pairs", maps, 0, turn, small, small, pair, (1.0, 1.0)).note or "")
     assert null_test("rotated", maps, 0, turn, features, features, pair, (1.0, 1.0)).note is None
+
+
+def unread(matrix: torch.Tensor) -> Population:
+    """A population of directions that a map from the stream, `d_model d_head`, sends to nothing."""
+    basis = torch.linalg.svd(matrix.T)[2][matrix.shape[1] :]
+    generator = torch.Generator().manual_seed(5)
+    vectors = torch.randn(N_FEATURES, len(basis), generator=generator) @ basis
+    everywhere = torch.ones(N_FEATURES)
+    return Population(vectors, everywhere, everywhere.bool(), basis.T)
+
+
+@pytest.mark.parametrize("null", ["random_pairs", "matched", "fixed_query", "fixed_key", "rotated"])
+def test_each_side_draws_from_its_own_population(head, features, null):
+    """Where a side's own population is invisible to the head, every draw is nothing, unless that side is held."""
+    maps, turn = head
+    pair = (features.vectors[3], features.vectors[4])
+    no_query, no_key = unread(maps.query(torch.eye(32), 1)), unread(maps.key(torch.eye(32), 1))
+
+    def largest(queries: Population, keys: Population) -> float:
+        return float(null_test(null, maps, 1, turn, queries, keys, pair, (0.3, 0.6), n=50).draws.abs().max())
+
+    usual = largest(features, features)
+    assert (largest(no_query, features) < 1e-4 * usual) == (null != "fixed_query")
+    assert (largest(features, no_key) < 1e-4 * usual) == (null != "fixed_key")
+
+
+def test_each_side_is_matched_in_its_own_frequency(head, features):
+    maps, turn = head
+    pair = (features.vectors[3], features.vectors[4])
+
+    def draws(frequencies: tuple[float, float]) -> torch.Tensor:
+        return null_test("matched", maps, 1, turn, features, features, pair, frequencies, n=50).draws
+
+    both = draws((0.3, 0.6))
+    assert not torch.equal(both, draws((0.3, 0.05)))
+    assert not torch.equal(both, draws((0.05, 0.6)))
+
+
+def test_p_is_never_zero(head, features):
+    """The pair that interacts most of all is more extreme than every draw."""
+    maps, turn = head
+    eye = torch.eye(32)
+    form = torch.stack([virtual_interaction(maps, 2, turn, row[None], eye) for row in eye])
+    left, _, right = torch.linalg.svd(form)
+    pair = (left[:, 0], right[0])
+    test = null_test("random_pairs", maps, 2, turn, features, features, pair, (0.5, 0.5), n=99)
+    assert test.p == 1 / 100
+
+
+def test_a_population_holds_what_can_be_drawn_and_the_residual_s_covariance():
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
+    activations = torch.tensor([[1.0, 1.0, 0.0], [-2.0, 1.0, 0.0]])
+    activations = activations.repeat(25, 1)
+    residual = torch.randn(50, 2, generator=generator) @ torch.tensor([[3.0, 1.0], [0.0, 0.5]]) + 7
+    found = population(vectors, activations, residual)
+    assert found.alive.tolist() == [True, False, False], "neither a feature that writes nothing nor one never active"
+    assert found.frequency.tolist() == [1.0, 1.0, 0.0]
+    torch.testing.assert_close(found.covariance_root @ found.covariance_root.T, torch.cov(residual.T))
 
 
 def test_too_few_pairs_and_unknown_nulls_are_refused(head, features):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
 
 import pytest
 
@@ -43,6 +44,12 @@ def test_help_loads_nothing_heavy(arguments: list[str], says: str) -> None:
     heavy, printed = heavy_after(f"sys.argv = ['qklens', *{arguments!r}]\nfrom qklens.cli.main import main\nmain()")
     assert heavy == []
     assert says.casefold() in printed.casefold()
+
+
+def test_the_version_is_the_package_s_and_loads_nothing_heavy() -> None:
+    heavy, printed = heavy_after("sys.argv = ['qklens', '--version']\nfrom qklens.cli.main import main\nmain()")
+    assert heavy == []
+    assert printed == f"qklens {version('qklens')}\n"
 
 
 def test_a_data_file_is_checked_without_torch() -> None:

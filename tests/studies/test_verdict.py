@@ -125,6 +125,33 @@ def test_neither_kind_of_key_means_undetermined():
     assert any("elsewhere" in e.name and e.holds for e in verdict.evidence)
 
 
+def test_what_harm_wrote_counts_with_and_without_the_pressed_query():
+    """Alone, either half would lose to the options' ordinary keys."""
+    removal = {"answer_key": 0.4, "harm_key": 0.25, "key_only": 0.25, "elsewhere": 0.0}
+    assert decide(replace(ATTENTION, removal=removal)).mechanism == "attention_harm_key"
+    removal |= {"key_only": 0.1}
+    assert decide(replace(ATTENTION, removal=removal)).mechanism == "attention_answer_key"
+
+
+@pytest.mark.parametrize("elsewhere", ["elsewhere", "intent_key"])
+def test_keys_that_carry_less_than_other_tokens_do_not_name_the_mechanism(elsewhere):
+    removal = {"answer_key": 0.1, "harm_key": 0.4, "key_only": 0.0, elsewhere: 0.45}
+    assert decide(replace(ATTENTION, removal=removal)).mechanism == "undetermined"
+    assert decide(replace(ATTENTION, removal={**removal, elsewhere: 0.35})).mechanism == "attention_harm_key"
+
+
+def test_a_patch_that_restores_some_is_neither_attention_nor_a_late_flip():
+    kept = replace(ATTENTION, attention_harm=0.65)
+    assert decide(replace(kept, heads=heads(0.4))).mechanism == "undetermined"
+    assert decide(replace(kept, heads=heads(0.2))).mechanism == "late_flip"
+
+
+def test_a_patch_is_believed_by_its_lower_bound():
+    wide = heads(0.6).model_copy(update={"restored_ci": (0.1, 0.9)})
+    assert decide(replace(ATTENTION, heads=wide)).mechanism == "undetermined"
+    assert decide(replace(ATTENTION, heads=heads(0.6))).mechanism == "attention_harm_key"
+
+
 def test_confidence_grows_with_the_distance_from_the_threshold():
     near, far = decide(replace(ATTENTION, heads=heads(0.52))), decide(replace(ATTENTION, heads=heads(0.95)))
     assert near.mechanism.startswith("attention") == (near.evidence[2].holds)

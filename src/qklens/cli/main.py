@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Why does a model look away from the answer it knows? Attention, explained by features.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Items: check a data file.")
 model_app = typer.Typer(no_args_is_help=True, help="Models: check that one is read exactly.")
@@ -33,6 +33,21 @@ STUDIES = ("harm-pressure",)
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps; `auto` spreads over all GPUs.")]
 Dtype = Annotated[str, typer.Option(help="The model's dtype; analyses use float32 or better.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"qklens {version('qklens')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Why does a model look away from the answer it knows? Attention, explained by features."""
 
 
 @app.command()
