@@ -18,8 +18,8 @@ coverage: $(VENV)/.dev  ## the same with branch coverage, slower
 	$(BIN)/python -m pytest --cov
 
 check: $(VENV)/.dev  ## lint, types, layers
-	$(BIN)/ruff check src tests organism oracle
-	$(BIN)/ruff format --check src tests organism oracle
+	$(BIN)/ruff check src tests organism oracle benchmarks
+	$(BIN)/ruff format --check src tests organism oracle benchmarks
 	$(BIN)/pyright --pythonpath $(BIN)/python src
 	$(BIN)/lint-imports
 

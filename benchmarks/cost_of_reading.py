@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from qklens import Subject, capture, load_subject
 from qklens.models.batch import Batch
-from qklens.models.passes import VectorEdit, run_pass
+from qklens.models.edits import VectorEdit
+from qklens.models.passes import run_pass
 from qklens.studies.resources import model_folder
 
 Pass = Callable[[], object]
@@ -119,17 +120,17 @@ def main() -> None:
             times[name].append(seconds(run, subject.device))
     reference = next(iter(runs))
     base = peak_bytes(runs[reference], subject.device)
-    print(  # noqa: T201
+    print(
         f"{subject.name}, {chosen.prompts} prompts of {chosen.tokens} tokens, {chosen.dtype} on {subject.device}, "
         f"{torch.get_num_threads()} threads, {chosen.rounds} rounds"
     )
-    print(f"{'':30}{'ratio':>7}{'quartiles':>15}{'peak MiB':>10}{'beyond plain':>14}{'asked for':>11}")  # noqa: T201
+    print(f"{'':30}{'ratio':>7}{'quartiles':>15}{'peak MiB':>10}{'beyond plain':>14}{'asked for':>11}")
     for name, run in runs.items():
         ratios = [mine / plain for mine, plain in zip(times[name], times[reference], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if chosen.rounds > 1 else ratios * 3
         peak = peak_bytes(run, subject.device)
         row = f"{name:30}{middle:7.3f}{f'{low:.3f}-{high:.3f}':>15}{peak / 2**20:10.1f}{(peak - base) / 2**20:14.2f}"
-        print(f"{row}{asked_for(subject, name, batch) / 2**20:11.2f}")  # noqa: T201
+        print(f"{row}{asked_for(subject, name, batch) / 2**20:11.2f}")
 
 
 if __name__ == "__main__":

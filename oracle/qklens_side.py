@@ -22,7 +22,8 @@ from oracle.cases import CASES, EDIT_NORM, HEADS, LAYERS, PROMPTS, RUNS, VOCABUL
 from qklens import Directions, Subject, left_padded, load_subject
 from qklens.analyses.interactions import head_lens, write_prompts
 from qklens.models.attention import AttentionRead
-from qklens.models.passes import Reads, VectorEdit, run_pass
+from qklens.models.edits import VectorEdit
+from qklens.models.passes import Reads, run_pass
 from qklens.models.scores import ScoreMaps, score_maps
 
 

@@ -9,8 +9,9 @@ from qklens.analyses.interactions import head_lens, write_prompts
 from qklens.dictionaries.directions import Directions
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
+from qklens.models.edits import VectorEdit
 from qklens.models.families import FAMILIES, load_family
-from qklens.models.passes import Reads, VectorEdit, run_pass
+from qklens.models.passes import Reads, run_pass
 from qklens.models.scores import rotation, score_maps
 from qklens.models.selfcheck import self_check
 from qklens.models.subject import Subject, wrap_model

@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from qklens.errors import QklensError
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
-from qklens.models.passes import OutputEdit, PatternEdit, Reads, VectorEdit, run_pass
+from qklens.models.edits import OutputEdit, PatternEdit, VectorEdit
+from qklens.models.passes import Reads, run_pass
 from qklens.models.selfcheck import self_check
 
 LAYOUTS = {
@@ -192,3 +193,54 @@ def test_an_edit_whose_hook_never_fires_is_an_error(tiny_llama):
     subject.model.set_attn_implementation("eager")  # as if something else had taken the attention over
     with pytest.raises(QklensError, match="never fired"):
         run_pass(subject, batch, [PatternEdit(0, lambda p, _: p.flip(-1))])
+
+
+def test_a_pass_inside_a_pass_sees_none_of_its_edits_and_leaves_it_alone(tiny_llama):
+    """A sink may run the model itself: each pass keeps its own edits and reads."""
+    subject = tiny_llama()
+    outer, inner = left_padded(SEQUENCES, 0, subject.device), left_padded([[41, 42, 43]], 0, subject.device)
+    shift = VectorEdit(1, "residual", answer_mask(outer), lambda rows, _: rows + 1)
+    turn = VectorEdit(1, "query", answer_mask(outer), lambda rows, _: rows - 2, (1,))
+    own = VectorEdit(1, "residual", answer_mask(inner), lambda rows, _: 3 * rows)
+    alone = run_pass(subject, outer, [shift, turn]).logits
+    inner_clean, inner_edited = run_pass(subject, inner).logits, run_pass(subject, inner, [own]).logits
+    nested: list[torch.Tensor] = []
+    streams: list[torch.Tensor] = []
+
+    def sink(read: AttentionRead) -> None:
+        nested.append(run_pass(subject, inner).logits)
+        nested.append(run_pass(subject, inner, [own]).logits)
+
+    reads = Reads({1: lambda x: streams.append(x.clone())}, {0: sink, 2: sink})
+    together = run_pass(subject, outer, [shift, turn], reads).logits
+    assert torch.equal(together, alone)
+    assert [torch.equal(got, want) for got, want in zip(nested, [inner_clean, inner_edited] * 2, strict=True)] == [
+        True
+    ] * 4
+    assert [x.shape for x in streams] == [(3, 10, subject.d_model)], "only the outer pass's stream is read"
+    assert torch.equal(run_pass(subject, inner).logits, inner_clean)
+
+
+def test_edits_of_the_same_reading_act_one_after_the_other_and_never_in_place(tiny_llama):
+    subject = tiny_llama()
+    batch = left_padded(SEQUENCES, 0, subject.device)
+    mask = answer_mask(batch)
+    weights = {name: p.clone() for name, p in subject.model.named_parameters()}
+    ids, attention_mask = batch.input_ids.clone(), batch.attention_mask.clone()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def change(rows: torch.Tensor, _: object) -> torch.Tensor:
+        seen.append((rows, rows.clone()))
+        return rows + 1
+
+    both = [VectorEdit(1, "residual", mask, change), VectorEdit(1, "residual", mask, change)]
+    streams: list[torch.Tensor] = []
+    run_pass(subject, batch, both, Reads({1: streams.append}, {}))
+    clean: list[torch.Tensor] = []
+    run_pass(subject, batch, reads=Reads({1: clean.append}, {}))
+    assert torch.allclose(streams[0][mask], clean[0][mask] + 2, atol=1e-6)
+    assert torch.equal(streams[0][~mask], clean[0][~mask])
+    assert all(torch.equal(rows, kept) for rows, kept in seen), "what an edit was given is not written to"
+    assert all(torch.equal(p, weights[name]) for name, p in subject.model.named_parameters())
+    assert torch.equal(batch.input_ids, ids)
+    assert torch.equal(batch.attention_mask, attention_mask)

@@ -9,8 +9,8 @@ from qklens.analyses.decompose import decompose
 from qklens.dictionaries.directions import Directions
 from qklens.errors import QklensError
 from qklens.models.batch import left_padded
+from qklens.models.edits import ScoreEdit, VectorEdit
 from qklens.models.families import load_family
-from qklens.models.passes import ScoreEdit, VectorEdit
 from qklens.models.sites import Site, capture
 from qklens.models.subject import wrap_model
 from qklens.models.trace import trace

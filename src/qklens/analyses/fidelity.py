@@ -18,7 +18,8 @@ from qklens.dictionaries.crosscoder import Fidelity
 from qklens.dictionaries.source import FeatureSource, fraction_variance_unexplained, write_parts
 from qklens.errors import QklensError
 from qklens.models.batch import Batch, left_padded
-from qklens.models.passes import Edit, Reads, VectorEdit, run_pass
+from qklens.models.edits import Edit, VectorEdit
+from qklens.models.passes import Reads, run_pass
 from qklens.models.subject import Subject
 
 _ROWS = 64

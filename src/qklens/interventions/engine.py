@@ -18,7 +18,8 @@ from qklens.data.render import Prompt
 from qklens.errors import QklensError
 from qklens.interventions.steer import Steer
 from qklens.models.batch import Batch, left_padded
-from qklens.models.passes import NO_READS, Edit, Prefix, Reads, ScoreEdit, VectorEdit, run_pass
+from qklens.models.edits import Edit, ScoreEdit, VectorEdit
+from qklens.models.passes import NO_READS, Prefix, Reads, run_pass
 from qklens.models.subject import Subject
 
 TOKENS_PER_BATCH = 4096

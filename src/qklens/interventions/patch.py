@@ -17,7 +17,7 @@ from qklens.data.render import Prompt
 from qklens.errors import QklensError
 from qklens.interventions.steer import Head
 from qklens.models.batch import Batch
-from qklens.models.passes import Edit, OutputEdit, PatternEdit, ScoreEdit, ScoreView
+from qklens.models.edits import Edit, OutputEdit, PatternEdit, ScoreEdit, ScoreView
 from qklens.models.subject import Subject
 
 

@@ -15,7 +15,7 @@ from qklens.dictionaries.source import Stream
 from qklens.errors import QklensError
 from qklens.interventions.direction import Direction
 from qklens.models.batch import Batch
-from qklens.models.passes import Edit, ScoreEdit, ScoreView, Side, VectorEdit
+from qklens.models.edits import Edit, ScoreEdit, ScoreView, Side, VectorEdit
 from qklens.models.scores import rotation, score_maps
 from qklens.models.subject import Subject
 

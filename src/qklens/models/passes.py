@@ -10,88 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from qklens.errors import QklensError
 from qklens.models.attention import ACTIVE_TAP, AttentionRead
 from qklens.models.batch import Batch
+from qklens.models.edits import Edit, OutputEdit, PatternEdit, ScoreEdit, ScoreView, VectorEdit
 from qklens.models.projections import Projection, ProjectionSide
 from qklens.models.subject import Subject
-
-Side = Literal["residual", "query", "key", "value"]
-
-
-@dataclass(frozen=True, eq=False)
-class VectorEdit:
-    """Change what is read at some tokens of a layer: the residual stream itself, or only one projection's input.
-
-    Attributes:
-        layer: the layer L; the edited vector is resid_pre.L.
-        side: `residual` edits the stream; `query | key | value` edit only that projection's reading of it.
-        mask: tokens to edit.
-        change: rows of resid_pre.L -> edited rows; the second argument gives the same rows of another layer's stream.
-        heads: for a projection, which heads (key/value heads for `key` and `value`); None is all.
-        frozen_norm: hold the scales of the input norm and of a norm on queries or keys at their unedited values.
-        sees: other layers whose stream `change` asks for.
-    """
-
-    layer: int
-    side: Side
-    mask: Bool[Tensor, "batch pos"]
-    change: Callable[[Float[Tensor, "row d_model"], Callable[[int], Tensor]], Float[Tensor, "row d_model"]]
-    heads: tuple[int, ...] | None = None
-    frozen_norm: bool = False
-    sees: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class ScoreView:
-    """What a score edit may look at; positions are columns of the whole batch, `start` is the pass's first one."""
-
-    query: Float[Tensor, "batch head q_pos d_head"]
-    key: Float[Tensor, "batch kv_head k_pos d_head"]
-    residual: Float[Tensor, "batch q_pos d_model"]
-    scale: float
-    start: int
-
-
-@dataclass(frozen=True, eq=False)
-class ScoreEdit:
-    """Add to a layer's scores, after scaling, before the soft cap and the softmax.
-
-    Attributes:
-        layer: the layer.
-        bias: what to add, `batch head q_pos k_pos`, over the columns that run.
-        mask: tokens whose residual `bias` reads, if any; they must be among the columns that run.
-    """
-
-    layer: int
-    bias: Callable[[ScoreView], Tensor]
-    mask: Bool[Tensor, "batch pos"] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class PatternEdit:
-    """Replace a layer's pattern: `batch head q_pos k_pos` -> the same shape; the second argument is `start`."""
-
-    layer: int
-    replace: Callable[[Tensor, int], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class OutputEdit:
-    """Replace the heads' outputs before W_O: `batch q_pos head d_head` -> the same shape; then `start`."""
-
-    layer: int
-    replace: Callable[[Tensor, int], Tensor]
-
-
-Edit = VectorEdit | ScoreEdit | PatternEdit | OutputEdit
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +136,8 @@ def _stream_reader(sink: Callable[[Tensor], None]) -> Callable[..., None]:
 
 
 def _input_reader(sink: Callable[[Tensor], None]) -> Callable[..., None]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        del kwargs
         sink(inputs[0])
 
     return hook
@@ -233,30 +165,37 @@ class _Pass:
     def install(self, stack: ExitStack) -> None:
         """Hook what this pass needs; everything is undone when the stack closes."""
         family, layers = self.subject.family, self.subject.layers
-        read = {layer for layer in self.reads.residual if layer < len(layers)}
-        for index in sorted(self.edited | read):
-            handle = layers[index].register_forward_pre_hook(self._residual_hook(index), with_kwargs=True)
-            stack.callback(handle.remove)
+
+        def before(module: nn.Module, hook: Callable[..., Any]) -> None:
+            stack.callback(module.register_forward_pre_hook(self._own(hook), with_kwargs=True).remove)
+
+        def after(module: nn.Module, hook: Callable[..., Any]) -> None:
+            stack.callback(module.register_forward_hook(self._own(hook)).remove)
+
+        for index in sorted(self.edited | {layer for layer in self.reads.residual if layer < len(layers)}):
+            before(layers[index], self._residual_hook(index))
         if len(layers) in self.reads.residual:
-            sink = self.reads.residual[len(layers)]
-            handle = family.final_norm(self.subject.model).register_forward_pre_hook(lambda _, inputs: sink(inputs[0]))
-            stack.callback(handle.remove)
+            before(family.final_norm(self.subject.model), _input_reader(self.reads.residual[len(layers)]))
+        for index in self.edited:
+            after(layers[index], self._let_go(index))
         for layer, sink in self.reads.after.items():
-            stack.callback(layers[layer].register_forward_hook(_stream_reader(sink)).remove)
+            after(layers[layer], _stream_reader(sink))
         for (layer, side), sink in self.reads.projected.items():
-            module = self.subject.projection(layer, side).module
-            stack.callback(module.register_forward_pre_hook(_input_reader(sink)).remove)
+            before(self.subject.projection(layer, side).module, _input_reader(sink))
         for index, edit in enumerate(self.edits):
             if isinstance(edit, VectorEdit) and edit.side != "residual":
                 projection = self.subject.projection(edit.layer, edit.side)
                 clean: list[Tensor] = []
-                hook = self._projection_hook(index, edit, edit.side, projection, clean)
-                stack.callback(projection.module.register_forward_hook(hook).remove)
+                after(projection.module, self._projection_hook(index, edit, edit.side, projection, clean))
                 norm = self.subject.qk_norm_module(edit.layer, edit.side)
                 if edit.frozen_norm and norm is not None:
-                    stack.callback(norm.register_forward_hook(self._frozen_hook(edit.layer, edit.side, clean)).remove)
+                    after(norm, self._frozen_hook(edit.layer, edit.side, clean))
         token = ACTIVE_TAP.set(self)
         stack.callback(ACTIVE_TAP.reset, token)
+
+    def _own(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, deaf while another pass runs inside this one."""
+        return lambda *args: hook(*args) if ACTIVE_TAP.get() is self else None
 
     def _residual_hook(self, layer: int) -> Callable[..., tuple[tuple, dict]]:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -280,8 +219,18 @@ class _Pass:
 
         return hook
 
+    def _let_go(self, layer: int) -> Callable[..., None]:
+        """Drop a layer's stream once no later edit looks at it."""
+        later = any(isinstance(e, VectorEdit) and e.layer > layer and layer in e.sees for e in self.edits)
+
+        def hook(*_: object) -> None:
+            if not later:
+                self.residual.pop(layer, None)
+
+        return hook
+
     def _edited_layers(self) -> set[int]:
-        """Layers whose stream an edit looks at; it is held until the pass ends."""
+        """Layers whose stream an edit looks at; it is held until the last such edit is done."""
         layers: set[int] = set()
         for edit in self.edits:
             if isinstance(edit, VectorEdit):

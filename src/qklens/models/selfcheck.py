@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qklens.errors import QklensError
 from qklens.models.attention import AttentionRead
-from qklens.models.passes import PatternEdit, run_pass
+from qklens.models.edits import PatternEdit
+from qklens.models.passes import run_pass
 from qklens.models.scores import rotation, score_maps
 from qklens.models.subject import Subject
 from qklens.models.trace import trace

@@ -25,7 +25,8 @@ from torch import Tensor
 from qklens.errors import QklensError, nearest
 from qklens.models.attention import AttentionRead, pick
 from qklens.models.batch import Batch
-from qklens.models.passes import Edit, Reads, run_pass
+from qklens.models.edits import Edit
+from qklens.models.passes import Reads, run_pass
 from qklens.models.projections import ProjectionSide
 from qklens.models.subject import Subject
 
