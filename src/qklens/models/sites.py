@@ -73,7 +73,8 @@ class Site:
         )
 
     def __str__(self) -> str:
-        return f"{self.kind}.{self.layer}"
+        parts = [f"{name} {list(at)}" for name, at in (("heads", self.heads), ("positions", self.positions)) if at]
+        return f"{self.kind}.{self.layer}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 @dataclass(frozen=True, eq=False)
