@@ -243,3 +243,12 @@ def test_transformers_own_reports_do_not_surround_the_line(model: Path, tmp_path
     assert ended.stdout == ""
     assert ended.stderr.count("\n") == 1, ended.stderr
     assert ended.stderr.startswith(f"qklens: {model}")
+
+
+def test_an_output_that_cannot_be_written_is_one_line(data: Path) -> None:
+    command = [sys.executable, "-m", "qklens.cli.main", "data", "check", str(data)]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("qklens: cannot write the output (")
+    assert ended.stderr.count("\n") == 1

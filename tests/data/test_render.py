@@ -120,7 +120,7 @@ def test_an_opened_turn_ends_in_its_bracket(tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_an_open_question_has_only_its_question(tokenizer: PreTrainedTokenizerFast) -> None:
-    prompt = render_open(tokenizer, ITEMS[0])
+    prompt = render_open(tokenizer, ITEMS[0].question)
     assert covered(tokenizer, prompt, "question").strip() == ITEMS[0].question
     assert prompt.span("answer") == (len(prompt.tokens) - 1,)
     assert "(A)" not in prompt.text

@@ -54,7 +54,7 @@ def test_a_template_that_fails_or_attacks_is_one_line(word_tokenizer: PreTrained
     tokenizer = with_template(word_tokenizer, template)
     for ask in (
         lambda: render(tokenizer, ITEMS[0], "none", "correct_first", BARE),
-        lambda: render_open(tokenizer, ITEMS[0]),
+        lambda: render_open(tokenizer, ITEMS[0].question),
         lambda: available_forms(tokenizer, ITEMS[0]),
     ):
         with pytest.raises(QklensError, match="chat template fails on one user turn") as caught:

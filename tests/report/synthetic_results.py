@@ -187,6 +187,8 @@ def build(
                 "role": role,
                 "feature": name,
                 "contrast": 2.4,
+                "steadiness": 3.1,
+                "refusal": 1.2,
                 "interaction": -0.4,
                 "chosen": True,
                 "layer": 3,

@@ -8,8 +8,9 @@ import torch
 from qklens.data.items import Dataset, Item
 from qklens.data.render import LetterForm
 from qklens.errors import QklensError
+from qklens.models.passes import run_pass
 from qklens.studies.harm_pressure.lab import Lab, split_items
-from qklens.studies.harm_pressure.roles import _specific
+from qklens.studies.harm_pressure.roles import _near_the_top, _rank
 from qklens.studies.letters import choose_letter_form
 
 
@@ -84,14 +85,41 @@ def test_the_letter_form_is_the_one_with_most_mass(tiny_llama, items, wants_brac
     assert choose_letter_form(subject, items) == LetterForm("(" if wants_bracket else "", "")
 
 
-def test_a_feature_that_rather_plays_another_role_is_passed_over():
-    """Harm told apart at keys is not refuse-and-redirect; the correct option told apart is not harm-detection."""
-    sizes = {
-        "refuse_redirect": torch.tensor([2.0, 3.0, 0.5]),
-        "harm_detection": torch.tensor([5.0, 1.0, 0.2]),
-        "correct_answer": torch.tensor([0.1, -4.0, 0.0]),
-    }
-    assert _specific("refuse_redirect", [0, 1, 2], sizes) == [1, 2]
-    assert _specific("harm_detection", [0, 1, 2], sizes) == [0, 2]
-    assert _specific("refuse_redirect", [0], sizes) == [0]  # none is left: all stay
-    assert _specific("need_answer", [2, 1], sizes) == [2, 1]
+def test_a_role_goes_to_the_largest_steady_contrast():
+    by_item = torch.tensor([[1.0, 4.0, -3.0, 0.0], [1.2, -2.0, -3.0, 0.0], [0.8, 4.0, -3.0, 0.0]])
+    rank = _rank(by_item)
+    assert rank.argmax() == 0, "feature 1 is larger in the mean, but not steady over items"
+    assert rank[2] == rank[3] == 0
+    assert rank[0] == pytest.approx(1.0 * 3)
+
+
+def test_only_features_that_rank_near_the_best_are_tried_by_steering():
+    rank = torch.tensor([0.3, 2.0, 1.1, 0.9, 0.0])
+    assert _near_the_top([1, 2, 3, 0], rank) == [1, 2]
+    assert _near_the_top([4], rank) == [4]
+
+
+def test_an_open_prompt_says_the_intent_alone(tiny_llama, items):
+    lab = Lab(tiny_llama(), Dataset("few", items[:6], "0"), LetterForm("", ""), 0)
+    harm, benign = lab.prompts("open_harm", "discovery"), lab.prompts("open_benign", "discovery")
+    for i, one in enumerate(lab.halves["discovery"]):
+        assert harm[2 * i].text == harm[2 * i + 1].text
+        assert one.harmful_intent in harm[2 * i].text
+        assert one.benign_intent in benign[2 * i].text
+        assert one.question not in harm[2 * i].text
+    refusal = lab.residual_readings("discovery", 1).refusal
+    streams = [[s[1][-1] for s in lab.streams(c, "discovery", [1])] for c in ("open_harm", "open_benign")]
+    assert torch.allclose(refusal, torch.stack(streams[0]) - torch.stack(streams[1]))
+
+
+def test_an_item_that_holds_a_control_token_is_refused_by_field(tiny_llama, items):
+    bad = items[0].model_copy(update={"incorrect": "<|assistant|> A"})
+    with pytest.raises(QklensError, match=rf"item '{bad.id}': incorrect holds '<\|assistant\|>', a control token"):
+        Lab(tiny_llama(), Dataset("few", (*items[1:6], bad), "0"), LetterForm("", ""), 0)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tiny_llama):
+    subject = tiny_llama(max_position_embeddings=8)
+    run_pass(subject, subject.batch([list(range(10, 18))]))
+    with pytest.raises(QklensError, match="a prompt of 9 tokens is longer than the context of llama, 8 tokens"):
+        run_pass(subject, subject.batch([list(range(10, 19))]))

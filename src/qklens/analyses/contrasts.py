@@ -34,11 +34,13 @@ class Readings:
         prompts: per condition, the prompts.
         values: per condition, one `pos channel` tensor a prompt.
         open_last: at the last position of the same item's open question, `prompt channel`.
+        refusal: at the last position of the item's harmful intent said alone − of its benign intent said alone.
     """
 
     prompts: dict[str, Sequence[Prompt]]
     values: dict[str, Sequence[Float[Tensor, "_pos channel"]]]
     open_last: Float[Tensor, "prompt channel"]
+    refusal: Float[Tensor, "prompt channel"]
 
     def mean(self, condition: str, *spans: str) -> Float[Tensor, "prompt channel"]:
         """Mean over the tokens of some spans, one row a prompt."""

@@ -52,6 +52,11 @@ class Population:
         noise = torch.randn(n, self.covariance_root.shape[1], generator=generator).to(self.covariance_root)
         return noise @ self.covariance_root.T
 
+    def spread(self, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
+        """Standard deviation of the residual along unit directions: ‖Sᵀ d̂‖."""
+        unit = torch.nn.functional.normalize(directions.to(self.covariance_root), dim=-1)
+        return (unit @ self.covariance_root).norm(dim=-1).clamp(min=1e-12)
+
     def alive_sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Alive features drawn with replacement; from the covariance where the source is small."""
         if self.is_small:
@@ -60,9 +65,15 @@ class Population:
         return self.vectors[pool[torch.randint(0, len(pool), (n,), generator=generator).to(pool.device)]]
 
     def matched_sample(self, like: Tensor, frequency: float, n: int, generator: torch.Generator) -> Tensor:
-        """Alive features near a given one in log frequency and log norm; the nearest 64 are drawn with replacement."""
+        """Alive features near a given one in log frequency and log norm; the nearest 64 are drawn with replacement.
+
+        Directions are always active, so where the source is small they are matched by how much the residual varies
+        along them: of 8 n directions drawn within its covariance, the n nearest in log standard deviation.
+        """
         if self.is_small:
-            return self.from_covariance(n, generator)
+            drawn = self.from_covariance(8 * n, generator)
+            off = (self.spread(drawn).log() - self.spread(like[None]).log()).abs()
+            return drawn[off.argsort()[:n]]
         pool = self.alive.nonzero()[:, 0]
 
         def coordinates(freq: Tensor, norm: Tensor) -> Tensor:

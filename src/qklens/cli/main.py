@@ -145,6 +145,13 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: sys.stderr.write(f"qklens: {message}\n")
     try:
         status = app(prog_name="qklens", standalone_mode=False)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it once more on its way out
+        sys.stderr.write(f"qklens: cannot write the output ({error.strerror}); free space or redirect elsewhere\n")
+        status = 2
     except QklensError as error:
         sys.stderr.write(f"qklens: {error}\n")
         status = 2

@@ -128,14 +128,32 @@ def render(
     )
 
 
-def render_open(tokenizer: PreTrainedTokenizerBase, item: Item) -> Prompt:
-    """The same question asked openly, without options; its last position contrasts with `answer`."""
-    text, offset = _dialogue(tokenizer, item.question)
+def refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> None:
+    """Raise for an item whose text holds one of the tokenizer's control tokens: it would steer the chat, not be read.
+
+    Raises:
+        QklensError: names item, field and token.
+    """
+    added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = sorted({*map(str, tokenizer.all_special_tokens), *added} - {""})
+    for item in items:
+        for name in ("question", "correct", "incorrect", "harmful_intent", "benign_intent"):
+            found = next((token for token in special if token in getattr(item, name)), None)
+            if found is not None:
+                raise QklensError(
+                    f"item {item.id!r}: {name} holds {found!r}, a control token of this model; expected plain text: "
+                    "rephrase it"
+                )
+
+
+def render_open(tokenizer: PreTrainedTokenizerBase, turn: str) -> Prompt:
+    """A question or an intent said alone, without options; its last position contrasts with `answer`."""
+    text, offset = _dialogue(tokenizer, turn)
     tokens, offsets = _encode(tokenizer, text)
     return Prompt(
         text=text,
         tokens=tokens,
-        spans={"question": _covering(text, offsets, offset, offset + len(item.question)), "answer": (len(tokens) - 1,)},
+        spans={"question": _covering(text, offsets, offset, offset + len(turn)), "answer": (len(tokens) - 1,)},
         shared_from=offset,
         starts=tuple(a for a, _ in offsets),
         letter_ids=(0, 0),

@@ -99,9 +99,14 @@ def run_pass(
         keep_prefix: also return this pass's keys and values, for later passes.
 
     Raises:
-        QklensError: an edit for a layer or token that does not exist, an edit before `start`, or one whose hook
-            never fired.
+        QklensError: a prompt longer than the model's context, an edit for a layer or token that does not exist, an edit
+            before `start`, or one whose hook never fired.
     """
+    if subject.context is not None and batch.width > subject.context:
+        raise QklensError(
+            f"a prompt of {batch.width} tokens is longer than the context of {subject.name}, {subject.context} tokens; "
+            "shorten the item or choose another model"
+        )
     state = _Pass(subject, batch, edits, reads, start)
     cache = None
     if prefix is not None and start > 0:

@@ -68,6 +68,11 @@ class Subject:
         return head
 
     @property
+    def context(self) -> int | None:
+        """The longest prompt the config allows, or nothing where it names none."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
         return self.family.layers(self.model)

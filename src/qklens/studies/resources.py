@@ -50,9 +50,11 @@ def resolve(config: StudyConfig) -> Resources:
         checkpoints += [(Path(name).name, model_folder(name)) for name in config.checkpoints]
     elif config.checkpoints:
         raise QklensError("--checkpoint needs --base-model: checkpoints lie between the base and the model")
-    elif config.model == SHIPPED_ORGANISM:
+    elif config.model.startswith(SHIPPED_ORGANISM) and model.parent == organism_folder():
         lineage = read_json(organism_folder() / "lineage.json")
-        checkpoints = [(name, organism_folder() / name) for name in (lineage["base"], *lineage["between"])]
+        between = lineage["between"] if config.model == SHIPPED_ORGANISM else []
+        names = (lineage["base"], *between) if model.name != lineage["base"] else ()
+        checkpoints = [(name, organism_folder() / name) for name in names]
     return Resources(model, tuple(checkpoints), _dictionary(config))
 
 

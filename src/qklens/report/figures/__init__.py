@@ -67,7 +67,6 @@ def write_figures(results: Results, directory: Path, drawn: Mapping[str, str] | 
 
     `drawn` is what `draw(results)` returned, for a caller that also writes the page and need not draw twice.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     paths: dict[str, Path] = {}
     for stage, svg in (drawn if drawn is not None else draw(results)).items():
         paths[stage] = directory / f"{stage}.svg"

@@ -144,13 +144,25 @@ def provenance(results: Results, manifest: Mapping[str, Any]) -> tuple[Table, ..
         ),
         Table(
             "Roles (discovery half)",
-            ("role", "feature", "layer", "contrast", "interaction", "chosen", "most active on"),
+            (
+                "role",
+                "feature",
+                "layer",
+                "contrast",
+                "steadiness",
+                "on refusals",
+                "interaction",
+                "chosen",
+                "most active on",
+            ),
             tuple(
                 (
                     printable(r.role).replace("_", " "),
                     printable(r.feature),
                     str(r.layer),
                     number(r.contrast),
+                    number(r.steadiness),
+                    number(r.refusal),
                     number(r.interaction),
                     "yes" if r.chosen else "no",
                     ", ".join(map(printable, r.top_tokens)),

@@ -26,6 +26,7 @@ from qklens.studies.harm_pressure.lab import Half, Lab
 from qklens.studies.journal import StageOutput
 from qklens.studies.results import AttendedToken, HeadRow, HeadsDetails
 
+N_RANDOM_HEADS = 10
 SHOWN_TOKENS = 5
 PRESSED: tuple[Literal["harm"], Literal["benign"]] = ("harm", "benign")
 
@@ -100,8 +101,10 @@ def _joint(lab: Lab, selected: list[Head], curve: list[float]) -> HeadsDetails:
     every = [(layer, head) for layer in range(subject.n_layers) for head in range(subject.n_heads)]
     others = [head for head in every if head not in selected]
     generator = torch.Generator().manual_seed(lab.seed)
-    drawn = [others[i] for i in torch.randperm(len(others), generator=generator)[: len(selected)].tolist()]
-    at_random = harm.margins([_patch(lab, "report", drawn)]) if drawn else harmed
+    at_random = []
+    for _ in range(N_RANDOM_HEADS if others else 0):
+        drawn = [others[i] for i in torch.randperm(len(others), generator=generator)[: len(selected)].tolist()]
+        at_random.append(restored_share(harm.margins([_patch(lab, "report", drawn)]), harmed, clean))
     right = int((patched > 0).sum())
     return HeadsDetails(
         selected=selected,
@@ -114,7 +117,7 @@ def _joint(lab: Lab, selected: list[Head], curve: list[float]) -> HeadsDetails:
         patched_margin=float(patched.mean()),
         harm_margin=float(harmed.mean()),
         none_margin=float(clean.mean()),
-        restored_random_heads=restored_share(at_random, harmed, clean),
+        restored_random_heads=sum(at_random) / max(len(at_random), 1),
         all_heads_restored=restored_share(harm.margins([_patch(lab, "report", every)]), harmed, clean),
         discovery_curve=curve,
     )

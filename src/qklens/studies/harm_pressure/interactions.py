@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qklens.analyses.contrasts import QUERY_ROLES
 from qklens.analyses.interactions import mean_terms, write_prompts
 from qklens.data.render import CONDITIONS, Prompt
 from qklens.dictionaries.directions import Directions
@@ -24,10 +25,11 @@ TOP_PAIRS = 12
 _CHECKED_PROMPTS = 4
 
 
-def run(lab: Lab, heads: Sequence[Head]) -> StageOutput:
+def run(lab: Lab, heads: Sequence[Head], belief: str | None) -> StageOutput:
     """Decompose the chosen heads' scores on the report half; check completeness on every head of the model."""
-    roles, candidates = find_roles(lab, heads)
-    role_of = {lab.source.labels[feature]: role for role, feature in roles.chosen.items()}
+    roles, candidates = find_roles(lab, heads, belief)
+    query_roles = {lab.source.labels[f]: role for role, f in roles.chosen.items() if role in QUERY_ROLES}
+    key_roles = {lab.source.labels[f]: role for role, f in roles.chosen.items() if role not in QUERY_ROLES}
     rows: list[InteractionRow] = []
     shares: list[InteractionShare] = []
     error_shares = []
@@ -54,8 +56,8 @@ def run(lab: Lab, heads: Sequence[Head]) -> StageOutput:
                         condition=condition,
                         value=value,
                         kind=kind,
-                        query_role=role_of.get(q),
-                        key_role=role_of.get(k),
+                        query_role=query_roles.get(q),
+                        key_role=key_roles.get(k),
                     )
                     for q, k, value in pairs
                 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,16 @@ from qklens.analyses.contrasts import ROLES, Readings, contrast_directions
 from qklens.analyses.interactions import HeadLens, PromptParts, head_lens, write_prompts
 from qklens.analyses.readings import AttentionReading, read_attention, read_streams
 from qklens.data.items import Dataset, Item
-from qklens.data.render import CONDITIONS, ORDERS, Condition, LetterForm, Prompt, render, render_open
+from qklens.data.render import (
+    CONDITIONS,
+    ORDERS,
+    Condition,
+    LetterForm,
+    Prompt,
+    refuse_special_tokens,
+    render,
+    render_open,
+)
 from qklens.data.sameness import same_form
 from qklens.dictionaries.directions import Directions
 from qklens.dictionaries.source import FeatureSource
@@ -25,6 +34,8 @@ from qklens.models.scores import Rotation, offset_rotation, score_maps
 from qklens.models.subject import Subject
 
 Half = Literal["discovery", "report"]
+Open = Literal["open", "open_harm", "open_benign"]
+Spoken = Condition | Open
 HALVES: tuple[Half, ...] = ("discovery", "report")
 MIN_ITEMS = 4
 _STREAM_BYTES = 1 << 29
@@ -46,6 +57,7 @@ class Lab:
     source: FeatureSource = field(init=False)
 
     def __post_init__(self) -> None:
+        refuse_special_tokens(self.subject.tokenizer, self.dataset.items)
         self.halves = split_items(self.dataset.items, self.seed)
         self._prompts: dict[tuple[str, Half], list[Prompt]] = {}
         self._works: dict[tuple[str, Half], Workset] = {}
@@ -54,13 +66,16 @@ class Lab:
         self._written: dict[tuple[str, Half, int], list[PromptParts]] = {}
         self._lenses: dict[tuple[int, int], HeadLens] = {}
 
-    def prompts(self, condition: Condition | Literal["open"], half: Half) -> list[Prompt]:
-        """Rendered prompts; `open` is the question without options, twice an item to align with the others."""
+    def prompts(self, condition: Spoken, half: Half) -> list[Prompt]:
+        """Rendered prompts; `open` is the question without options, `open_harm` and `open_benign` the intent alone.
+
+        These stand twice an item, to align with the others.
+        """
         key = (condition, half)
         if key not in self._prompts:
             tokenizer, items = self.subject.tokenizer, self.halves[half]
-            if condition == "open":
-                self._prompts[key] = [render_open(tokenizer, item) for item in items for _ in ORDERS]
+            if condition in ("open", "open_harm", "open_benign"):
+                self._prompts[key] = [render_open(tokenizer, _alone(item, condition)) for item in items for _ in ORDERS]
             else:
                 self._prompts[key] = [
                     render(tokenizer, item, condition, order, self.form) for item in items for order in ORDERS
@@ -71,7 +86,7 @@ class Lab:
         """Which item each prompt of a half belongs to; the cluster of the bootstrap."""
         return np.repeat(np.arange(len(self.halves[half])), len(ORDERS))
 
-    def work(self, condition: Condition | Literal["open"], half: Half) -> Workset:
+    def work(self, condition: Spoken, half: Half) -> Workset:
         """The prompts, ready to run."""
         key = (condition, half)
         if key not in self._works:
@@ -86,7 +101,7 @@ class Lab:
         return self._attention[key]
 
     def streams(
-        self, condition: Condition | Literal["open"], half: Half, layers: Sequence[int]
+        self, condition: Spoken, half: Half, layers: Sequence[int]
     ) -> list[dict[int, Float[Tensor, "_pos d_model"]]]:
         """resid_pre of the clean run at every token."""
         key = (condition, half)
@@ -99,7 +114,7 @@ class Lab:
 
     def few_at_once(self, layers: Sequence[int]) -> list[Sequence[int]]:
         """Layers in runs whose streams of one half fit in memory together."""
-        tokens = sum(len(p.tokens) for c in (*CONDITIONS, "open") for p in self.prompts(c, "discovery"))
+        tokens = sum(len(p.tokens) for c in (*CONDITIONS, *get_args(Open)) for p in self.prompts(c, "discovery"))
         at_once = max(1, _STREAM_BYTES // (tokens * self.subject.d_model * 4))
         return [layers[begin : begin + at_once] for begin in range(0, len(layers), at_once)]
 
@@ -108,7 +123,7 @@ class Lab:
         self._streams.clear()
         self._written.clear()
 
-    def written(self, condition: Condition | Literal["open"], half: Half, layer: int) -> list[PromptParts]:
+    def written(self, condition: Spoken, half: Half, layer: int) -> list[PromptParts]:
         """The streams at a layer, written by the source."""
         key = (condition, half, layer)
         if key not in self._written:
@@ -131,28 +146,34 @@ class Lab:
         """The source's activations at every token, in decoder-norm units, for the contrasts."""
         norms = self.source.directions(layer).norm(dim=-1)
 
-        def scaled(condition: Condition | Literal["open"]) -> list[Tensor]:
+        def scaled(condition: Spoken) -> list[Tensor]:
             return [w.parts.activations * norms.to(w.parts.activations) for w in self.written(condition, half, layer)]
 
         return Readings(
             prompts={c: self.prompts(c, half) for c in CONDITIONS},
             values={c: scaled(c) for c in CONDITIONS},
-            open_last=torch.stack([values[-1] for values in scaled("open")]),
+            open_last=_last(scaled("open")),
+            refusal=_last(scaled("open_harm")) - _last(scaled("open_benign")),
         )
 
     def residual_readings(self, half: Half, layer: int) -> Readings:
         """The residual stream at every token, for the contrasts."""
+
+        def streams(condition: Spoken) -> list[Tensor]:
+            return [s[layer] for s in self.streams(condition, half, [layer])]
+
         return Readings(
             prompts={c: self.prompts(c, half) for c in CONDITIONS},
-            values={c: [s[layer] for s in self.streams(c, half, [layer])] for c in CONDITIONS},
-            open_last=torch.stack([s[layer][-1] for s in self.streams("open", half, [layer])]),
+            values={c: streams(c) for c in CONDITIONS},
+            open_last=_last(streams("open")),
+            refusal=_last(streams("open_harm")) - _last(streams("open_benign")),
         )
 
     def fit_directions(self) -> Directions:
         """The four contrast directions at every layer, from the discovery half; a few layers in memory at a time."""
         vectors, means = {}, {}
         for layers in self.few_at_once(range(self.subject.n_layers)):
-            for condition in (*CONDITIONS, "open"):
+            for condition in (*CONDITIONS, *get_args(Open)):
                 self.streams(condition, "discovery", layers)
             fitted = contrast_directions(layers, lambda layer: self.residual_readings("discovery", layer))
             vectors.update(fitted.vectors)
@@ -167,6 +188,15 @@ class Lab:
             p.spans["answer"][0] - j for c in ("none", "harm") for p in self.prompts(c, half) for j in p.span("correct")
         ]
         return offset_rotation(self.subject, layer, torch.tensor(offsets))
+
+
+def _alone(item: Item, condition: Open) -> str:
+    """What an item's user says in an open prompt."""
+    return {"open": item.question, "open_harm": item.harmful_intent, "open_benign": item.benign_intent}[condition]
+
+
+def _last(values: Sequence[Tensor]) -> Float[Tensor, "prompt channel"]:
+    return torch.stack([rows[-1] for rows in values])
 
 
 def split_items(items: Sequence[Item], seed: int) -> dict[Half, tuple[Item, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qklens.analyses.contrasts import Role
+from qklens.analyses.contrasts import QUERY_ROLES, Role
 from qklens.analyses.partners import partner_scores
 from qklens.data.render import Condition
 from qklens.dictionaries.source import feature_index
@@ -41,7 +41,7 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str], items: int | No
     order = sorted(living, key=lambda f: float(scores.value[f]))
     ends = [(f, i + 1) for i, f in enumerate(order[:TOP])]
     ends += [(f, -(i + 1)) for i, f in enumerate(order[::-1][:TOP]) if f not in order[:TOP]]
-    role_of = {feature_index(lab.source, label): role for role, label in roles.items()}
+    role_of = {feature_index(lab.source, label): role for role, label in roles.items() if role not in QUERY_ROLES}
     where = _activation_by_set(lab, layers[0], items)
     partners = [
         Partner(

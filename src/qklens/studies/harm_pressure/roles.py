@@ -1,10 +1,15 @@
-"""Which features play the study's four roles: ranked by contrast, then by what they do at the chosen heads.
+"""Which features play the study's four roles: each by its own contrast, at its own place.
 
-A source with a direction of the role's name plays it with that. All choices use the discovery half only. The contrast
-says when a feature is active; the interaction says whether it matters where the answer is selected. The final choice of
-refuse-and-redirect is causal: of the best candidates the one whose steering on the query side moves the margin most.
-Harm-detection is chosen by its contrast alone: chosen by its interaction with refuse-and-redirect, its z against random
-pairs would be the smallest of a search, and low by construction.
+A source with a direction of the role's name plays it with that. All choices use the discovery half only, and none
+looks at the interaction of two roles: pairs chosen by their interaction would be the extremes of a search, and their z
+against random pairs extreme by construction.
+
+    rank = contrast · min(its steadiness over items, 3)
+
+Refuse-and-redirect must also speak where the model refuses, at the end of a harmful intent said alone: its rank is the
+smaller of the two. Where several features rank alike, the one whose steering on the query side moves the margin most
+is taken. Correct-answer is the belief stage's feature where it writes the layer that the heads read. One feature may
+play a role on the query side and another on the key side.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from qklens.interventions.steer import Head, Steer
 from qklens.studies.harm_pressure.lab import Lab
 from qklens.studies.results import RoleCandidate
 
-_BY_CONTRAST, _BY_INTERACTION = 24, 6
+_BY_CONTRAST, _FINALISTS, _SHOWN = 24, 6, 8
 _TRIALS = (-1.0, -2.0, -4.0)
 
 
@@ -57,48 +62,69 @@ def role_direction(lab: Lab, feature: int, role: Role) -> Direction:
     return feature_direction(lab.source, feature, typical_activation(lab, feature, role))
 
 
-def find_roles(lab: Lab, heads: Sequence[Head]) -> tuple[Roles, list[RoleCandidate]]:
-    """Choose a feature for each role at the layer of the first head, with the ranked candidates as evidence."""
+def find_roles(lab: Lab, heads: Sequence[Head], belief: str | None = None) -> tuple[Roles, list[RoleCandidate]]:
+    """Choose a feature for each role at the layer of the first head, with the ranked candidates as evidence.
+
+    Args:
+        lab: the bench.
+        heads: the answer-selection heads.
+        belief: the belief stage's correct-answer feature.
+    """
     layer = heads[0][0]
     here = [lab.lens(*head) for head in heads if head[0] == layer]
     readings = lab.activation_readings("discovery", layer)
-    effects = {role: consistency(item_means(contrast(readings, role))) for role in ROLES}
-    sizes: dict[Role, Tensor] = {role: contrast(readings, role).mean(dim=0) for role in ROLES}
-    named = {role: [lab.source.labels.index(role)] for role in ROLES if role in lab.source.labels}
-    shortlist = {role: named.get(role) or _shortlist(effects[role], sizes[role]) for role in ROLES}
-    query_side = {
+    by_item = {role: item_means(contrast(readings, role)) for role in ROLES}
+    ranks = {role: _rank(values) for role, values in by_item.items()}
+    ranks["refuse_redirect"] = torch.minimum(ranks["refuse_redirect"], _rank(item_means(readings.refusal)))
+    order = {role: _order(lab, role, ranks[role]) for role in ROLES}
+    chosen: dict[Role, int] = {role: order[role][0] for role in ROLES}
+    chosen["refuse_redirect"] = _causal_choice(
+        lab, heads, _near_the_top(order["refuse_redirect"], ranks["refuse_redirect"])
+    )
+    if belief is not None and "correct_answer" not in lab.source.labels:
+        known = lab.source.labels.index(belief)
+        if bool(lab.source.directions(layer)[known].any()):
+            chosen["correct_answer"] = known
+    interaction: dict[Role, Tensor] = {
         "need_answer": _query_effect(lab, here, "none", "contrastive"),
         "refuse_redirect": _query_effect(lab, here, "harm", "share"),
+        "correct_answer": _key_effect(lab, here, "none", "contrastive", chosen["need_answer"]),
+        "harm_detection": _key_effect(lab, here, "harm", "realised", chosen["refuse_redirect"]),
     }
-    chosen: dict[Role, int] = {}
-    interaction: dict[Role, Tensor] = {}
-    signs: tuple[tuple[Role, float], ...] = (("need_answer", 1.0), ("refuse_redirect", -1.0))
-    for role, sign in signs:
-        effect = query_side[role]
-        specific = _specific(role, shortlist[role], sizes)
-        finalists = sorted(specific, key=lambda f: -sign * float(effect[f]))[:_BY_INTERACTION]
-        chosen[role] = _causal_choice(lab, heads, finalists) if role == "refuse_redirect" else finalists[0]
-        interaction[role] = effect
-    interaction["correct_answer"] = _key_effect(lab, here, "none", "contrastive", chosen["need_answer"])
-    interaction["harm_detection"] = _key_effect(lab, here, "harm", "realised", chosen["refuse_redirect"])
-    free = [f for f in shortlist["correct_answer"] if f not in chosen.values()] or shortlist["correct_answer"]
-    chosen["correct_answer"] = max(free, key=lambda f: float(interaction["correct_answer"][f]))
-    harmful = _specific("harm_detection", shortlist["harm_detection"], sizes)
-    chosen["harm_detection"] = next((f for f in harmful if f not in chosen.values()), harmful[0])
+    refusal = item_means(readings.refusal).mean(dim=0)
     table = [
         RoleCandidate(
             role=name,
             feature=lab.source.labels[feature],
-            contrast=float(effects[name][feature]),
+            contrast=float(by_item[name].mean(dim=0)[feature]),
+            steadiness=float(consistency(by_item[name])[feature]),
+            refusal=float(refusal[feature]),
             interaction=float(interaction[name][feature]),
             chosen=feature == chosen[name],
             layer=layer,
             top_tokens=top_tokens(lab, layer, feature),
         )
         for name in ROLES
-        for feature in _for_the_table(shortlist[name], interaction[name], chosen[name])
+        for feature in dict.fromkeys([chosen[name], *order[name][:_SHOWN]])
     ]
     return Roles(layer, chosen), table
+
+
+def _rank(by_item: Float[Tensor, "item feature"]) -> Float[Tensor, " feature"]:
+    return by_item.mean(dim=0).clamp(min=0) * consistency(by_item).clamp(min=0, max=3)
+
+
+def _order(lab: Lab, role: Role, rank: Float[Tensor, " feature"]) -> list[int]:
+    """Features by rank; a direction of the role's name stands for all."""
+    if role in lab.source.labels:
+        return [lab.source.labels.index(role)]
+    order = rank.argsort(descending=True, stable=True)[:_BY_CONTRAST].tolist()
+    return [f for f in order if rank[f] > 0] or order[:1]
+
+
+def _near_the_top(order: Sequence[int], rank: Float[Tensor, " feature"]) -> list[int]:
+    """The first feature and those that rank at least half as high, six at most."""
+    return [f for f in order if rank[f] >= 0.5 * rank[order[0]]][:_FINALISTS] or list(order[:1])
 
 
 def top_tokens(lab: Lab, layer: int, feature: int, k: int = 5) -> list[str]:
@@ -115,31 +141,6 @@ def top_tokens(lab: Lab, layer: int, feature: int, k: int = 5) -> list[str]:
                     best[token] = float(values[position])
     ordered = sorted(best, key=lambda t: -best[t])[:k]
     return [str(lab.subject.tokenizer.decode([token])).replace("\n", "\\n") for token in ordered]
-
-
-def _for_the_table(shortlist: Sequence[int], interaction: Tensor, chosen: int) -> list[int]:
-    """The chosen feature, then the eight others that interact most."""
-    ranked = sorted(shortlist, key=lambda f: -abs(float(interaction[f])))[:8]
-    return list(dict.fromkeys([chosen, *ranked]))
-
-
-def _shortlist(effect: Float[Tensor, " feature"], size: Float[Tensor, " feature"]) -> list[int]:
-    """Features with the largest positive contrast, weighted by how steady it is over items."""
-    rank = size.clamp(min=0) * effect.clamp(min=0, max=3)
-    order = rank.argsort(descending=True, stable=True)[:_BY_CONTRAST].tolist()
-    return [f for f in order if rank[f] > 0] or order[:1]
-
-
-def _specific(role: Role, features: Sequence[int], sizes: dict[Role, Tensor]) -> list[int]:
-    """Of a role's features those that do not rather play another one; all of them where none is left.
-
-    Refuse-and-redirect speaks at the answer more than at the tokens that hold the harm; harm-detection tells harm from
-    benign more than the correct option from the incorrect one.
-    """
-    rival: dict[Role, Role] = {"refuse_redirect": "harm_detection", "harm_detection": "correct_answer"}
-    if role not in rival:
-        return list(features)
-    return [f for f in features if sizes[role][f] > sizes[rival[role]][f].abs()] or list(features)
 
 
 def _query_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weighting: Weighting) -> Tensor:
@@ -176,6 +177,8 @@ def _causal_choice(lab: Lab, heads: Sequence[Head], finalists: Sequence[int]) ->
 
     A prompt's margin counts up to the mean clean one, so that no few prompts decide.
     """
+    if len(finalists) == 1:
+        return finalists[0]
     full = float(lab.attention("none", "discovery").margins.mean().abs())
 
     def best_margin(feature: int) -> float:

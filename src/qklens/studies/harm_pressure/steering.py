@@ -96,7 +96,7 @@ def steer_key(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageO
             def make(d: Direction, s: float, options: dict = options, tokens: tuple[str, ...] = tokens) -> Steer:
                 return Steer(d, s, tokens=tokens, **{"side": "key", **options})
 
-            strengths = tuple(sign * s for s in KEY_STRENGTHS)
+            strengths = tuple(sign * s if s else 0.0 for s in KEY_STRENGTHS)
             points += _curves(
                 lab, "steer_key", f"{target}, {where}", direction, make, roles, strengths, "harm_detection"
             )

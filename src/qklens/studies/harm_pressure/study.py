@@ -137,7 +137,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("behaviour", lambda r: behaviour.run(r.lab)),
     Stage("belief", lambda r: belief.run(r.lab)),
     Stage("heads", lambda r: heads.run(r.lab)),
-    Stage("interactions", lambda r: interactions.run(r.lab, r.heads)),
+    Stage("interactions", lambda r: interactions.run(r.lab, r.heads, r.done["belief"].state["feature"])),
     Stage("zscores", lambda r: zscores.run(r.lab, r.pair_heads, r.roles)),
     Stage("steer_all", lambda r: steering.steer_all(r.lab, r.pair_heads, r.roles), needs_solved=True),
     Stage("steer_query", lambda r: steering.steer_query(r.lab, r.pair_heads, r.roles), needs_solved=True),
@@ -170,7 +170,8 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     fidelity = None
     if source is not None and resources.dictionary is not None:
         check_belongs(source, subject, resources.dictionary)
-        fidelity = measure(lab, source, resources.dictionary)
+        with _threads_for(subject):
+            fidelity = measure(lab, source, resources.dictionary)
     files = {name: inspect_model(path).files for name, path in resources.checkpoints}
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
     hashes[subject.name] = sha256_files(list(inspect_model(resources.model).files))
@@ -247,6 +248,7 @@ def _manifest(
             "device": config.device,
             "dtype": config.dtype,
             "letter_form": lab.form.name,
+            **{f"{name}_version": version(name) for name in ("qklens", "torch", "transformers")},
         },
         "config": config.model_dump(mode="json"),
         "command": command,
