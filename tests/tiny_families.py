@@ -28,6 +28,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama wide heads": ("llama", {"head_dim": 16}),
     "llama rotary scaling llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama rotary scaling yarn": ("llama", {"rope_parameters": YARN}),
+    "llama rotary scaling linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral window": ("mistral", {"sliding_window": 5}),
     "qwen2": ("qwen2", {}),

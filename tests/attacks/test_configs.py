@@ -119,3 +119,41 @@ def test_a_huge_layer_count_is_refused_before_a_list_of_that_length_is_made(mode
     """Qwen2 writes one word for each layer into its config."""
     edit_json(model / "config.json", model_type="qwen2", num_hidden_layers=10**15)
     assert "'model.layers.2.self_attn.q_proj.weight' is missing" in refusal(model, inspect_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "of type 'dynamic'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "of type 'longrope'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}}, "of type 'dynamic'"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types 'linear_attention'"),
+        ({"per_layer_config": {"0": {"num_attention_heads": 4}}}, "per_layer_config"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"experts_implementation": "sonicmoe"}, "'experts_implementation' asks to run other code"),
+        ({"attn_implementation": "someone/kernel"}, "'attn_implementation' asks to run other code"),
+    ],
+)
+def test_what_is_not_proven_is_refused_by_name(model: Path, changes: dict[str, Any], named: str) -> None:
+    edit_json(model / "config.json", **changes)
+    assert named in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("auto_map", {"AutoTokenizer": ["x.T", None]}), ("fast_tokenizer_files", ["../other/tokenizer.4.0.0.json"])],
+)
+def test_a_tokenizer_that_asks_for_code_or_other_files_is_refused(model: Path, key: str, value: object) -> None:
+    edit_json(model / "tokenizer_config.json", **{key: value})
+    assert f"key '{key}' asks for other code or files" in refusal(model)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "tokenizer.json"])
+def test_a_link_out_of_the_directory_is_refused(model: Path, name: str) -> None:
+    outside = model.parent / f"outside-{name}"
+    outside.write_bytes((model / name).read_bytes() if (model / name).exists() else b"{{ messages }}")
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(outside)
+    line = refusal(model)
+    assert name in line
+    assert "a link out of the directory" in line

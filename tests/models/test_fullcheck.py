@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from qklens.models.families import load_family
 from qklens.models.fullcheck import full_check
+from qklens.models.loading import load_subject
 from qklens.models.norms import GEMMA_RMS
 from qklens.models.projections import stacked
 from qklens.models.subject import wrap_model
@@ -59,3 +61,12 @@ def test_padding_that_moves_positions_is_found_out(word_tokenizer, monkeypatch):
 
     monkeypatch.setattr(subject.model, "forward", unpositioned)
     assert any("left padding error" in failure for failure in full_check(subject).failures())
+
+
+@pytest.mark.skipif("QKLENS_SMOLLM2" not in os.environ, reason="needs SmolLM2-135M-Instruct; set QKLENS_SMOLLM2 to it")
+def test_a_real_model_is_read_exactly():
+    check = full_check(load_subject(os.environ["QKLENS_SMOLLM2"]))
+    assert check.failures() == []
+    assert len(check.layers) == 30
+    assert max(max(r.score_error, r.query_edit_error, r.key_edit_error) for r in check.layers) <= 1e-5
+    assert check.eager_error <= 1e-5

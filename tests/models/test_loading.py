@@ -34,7 +34,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def write_gguf(folder: Path, file: Path, *, output: bool, extra: dict[str, float] | None = None) -> Path:
+def write_gguf(
+    folder: Path, file: Path, *, output: bool, extra: dict[str, float] | None = None, layers: int = 2
+) -> Path:
     """A llama GGUF of the same weights, as llama.cpp writes it: q and k in its own rotary order."""
     tensors = {name: t.numpy() for name, t in load_file(folder / "model.safetensors").items()}
     tokens = sorted(byte_tokenizer().get_vocab().items(), key=lambda pair: pair[1])
@@ -42,7 +44,7 @@ def write_gguf(folder: Path, file: Path, *, output: bool, extra: dict[str, float
     writer.add_name("tiny")
     writer.add_context_length(2048)
     writer.add_embedding_length(16)
-    writer.add_block_count(2)
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(24)
     writer.add_head_count(2)
     writer.add_head_count_kv(1)
@@ -114,10 +116,31 @@ def test_a_gguf_file_that_writes_the_tied_head_twice_is_tied_again(tmp_path):
 def test_a_gguf_file_whose_rotary_scaling_would_be_dropped_is_refused(tmp_path):
     folder = write_tiny_llama(tmp_path / "dir", byte_tokenizer())
     file = write_gguf(folder, tmp_path / "scaled.gguf", output=True, extra={"llama.rope.scaling.factor": 8.0})
-    with pytest.raises(QklensError, match=r"scaled\.gguf: has scaled rotary positions \(llama.rope.scaling.factor\)"):
+    with pytest.raises(QklensError, match=r"scaled\.gguf: the GGUF reader drops llama.rope.scaling.factor"):
         load_subject(file)
     plain = write_gguf(folder, tmp_path / "plain.gguf", output=True, extra={"llama.rope.scaling.factor": 1.0})
     assert load_subject(plain).n_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("llama.attention.sliding_window", 7.0, "llama.attention.sliding_window = 7.0"),
+        ("llama.attention.scale", 0.5, "llama.attention.scale = 0.5"),
+        ("llama.attn_logit_softcapping", 30.0, "llama.attn_logit_softcapping"),
+    ],
+)
+def test_gguf_keys_that_the_reader_drops_are_refused(key, value, named, tmp_path):
+    folder = write_tiny_llama(tmp_path / "dir", byte_tokenizer())
+    with pytest.raises(QklensError, match=f"the GGUF reader drops {named}"):
+        load_subject(write_gguf(folder, tmp_path / "odd.gguf", output=True, extra={key: value}))
+
+
+def test_a_gguf_file_with_more_layers_than_it_says_is_refused(tmp_path):
+    folder = write_tiny_llama(tmp_path / "dir", byte_tokenizer())
+    file = write_gguf(folder, tmp_path / "short.gguf", output=True, layers=1)
+    with pytest.raises(QklensError, match="2 layers of tensors, block_count says otherwise"):
+        load_subject(file)
 
 
 def test_damaged_gguf_files_are_refused_in_one_line(tmp_path):

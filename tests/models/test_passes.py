@@ -244,3 +244,43 @@ def test_edits_of_the_same_reading_act_one_after_the_other_and_never_in_place(ti
     assert all(torch.equal(p, weights[name]) for name, p in subject.model.named_parameters())
     assert torch.equal(batch.input_ids, ids)
     assert torch.equal(batch.attention_mask, attention_mask)
+
+
+def test_two_edits_of_one_reading_are_refused_and_of_two_heads_both_act(tiny_llama):
+    subject = tiny_llama()
+    batch = left_padded(SEQUENCES, 0, subject.device)
+    mask = answer_mask(batch)
+
+    def edit(heads: tuple[int, ...] | None, by: float) -> VectorEdit:
+        return VectorEdit(1, "query", mask, lambda rows, _: rows + by * rows.abs(), heads)
+
+    with pytest.raises(QklensError, match="two edits of layer 1 on the query side act on the same head and token"):
+        run_pass(subject, batch, [edit((1, 2), 1.0), edit((2,), 2.0)])
+    with pytest.raises(QklensError, match="act on the same head"):
+        run_pass(subject, batch, [edit(None, 1.0), edit((2,), 2.0)])
+    both = run_pass(subject, batch, [edit((1,), 1.0), edit((2,), 1.0)]).logits
+    assert torch.allclose(both, run_pass(subject, batch, [edit((1, 2), 1.0)]).logits, atol=1e-6)
+    assert not torch.allclose(both, run_pass(subject, batch, [edit((1,), 1.0)]).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [(), (-1,), (4,)])
+def test_heads_that_do_not_exist_are_refused(tiny_llama, heads):
+    subject = tiny_llama()
+    batch = left_padded(SEQUENCES, 0, subject.device)
+    with pytest.raises(QklensError, match=r"names heads .* expected some of 0 to 3"):
+        run_pass(subject, batch, [VectorEdit(1, "query", answer_mask(batch), lambda rows, _: rows + 1, heads)])
+
+
+def test_a_pattern_edit_that_writes_in_place_touches_only_its_own_copy(tiny_llama):
+    subject = tiny_llama()
+    batch = left_padded(SEQUENCES, 0, subject.device)
+    out = run_pass(subject, batch, [PatternEdit(1, lambda pattern, _: pattern.fill_(0.1))])
+    assert out.changed == (True,)
+
+
+def test_attention_that_went_another_way_is_an_error_not_silence(tiny_llama):
+    subject = tiny_llama()
+    subject.model.set_attn_implementation("sdpa")
+    batch = left_padded(SEQUENCES, 0, subject.device)
+    with pytest.raises(QklensError, match=r"attention of layer 1 was not read: the model runs .*'sdpa'"):
+        run_pass(subject, batch, reads=Reads({}, {1: lambda read: None}))

@@ -49,12 +49,14 @@ class AttentionRead:
     ) -> Float[Tensor, "batch some n k_pos"]:
         """Scores u(p, j) = c ⟨q_p, k_j⟩ (+ edits) of some heads at some query columns, or of all.
 
-        −∞ where the mask hides the key. u comes before a soft cap; `ScoreMaps.capped` gives what meets the softmax.
+        In float32 or better; −∞ where the mask hides the key. u comes before a soft cap; `ScoreMaps.capped` gives what
+        meets the softmax.
         """
         group = self.query.shape[1] // self.key.shape[1]
         which = torch.arange(self.query.shape[1], device=self.query.device) if heads is None else heads
-        query = pick(self.query, heads, columns)
-        score = self.scale * query @ self.key[:, which // group].transpose(2, 3)
+        exact = torch.promote_types(self.query.dtype, torch.float32)
+        query, key = pick(self.query, heads, columns).to(exact), self.key[:, which // group].to(exact)
+        score = self.scale * (query @ key.transpose(2, 3))
         if self.bias is not None:
             score = score + pick(self.bias, heads, columns)
         if self.mask is None:

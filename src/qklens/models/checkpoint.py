@@ -17,7 +17,10 @@ from qklens.files import read_json
 from qklens.models.config_check import check_readable, check_values
 from qklens.models.family import Family, family_of
 
-_CODE_KEYS = ("auto_map", "_attn_implementation_internal", "_attn_implementation", "_experts_implementation_internal")
+_CODE_KEYS = (
+    "auto_map", "_attn_implementation_internal", "_attn_implementation", "attn_implementation",
+    "_experts_implementation_internal", "_experts_implementation", "experts_implementation",
+)  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -76,6 +79,7 @@ def inspect_checkpoint(path: Path) -> Checkpoint:
         )
     family = family_of(config, str(path))
     layers = check_values(config, path / "config.json")
+    _refuse_links_out(path)
     weights = _weight_files(path)
     shapes: dict[str, list[int]] = {}
     for file in weights:
@@ -83,6 +87,16 @@ def inspect_checkpoint(path: Path) -> Checkpoint:
     _check_tensors(path, layers, family, shapes)
     check_readable(config, path / "config.json")
     return Checkpoint(path, config, family, weights)
+
+
+def _refuse_links_out(path: Path) -> None:
+    """A link must stay in the directory; the hub's cache links to the blobs beside its snapshots."""
+    roots = [path.resolve()]
+    if path.resolve().parent.name == "snapshots":
+        roots.append(path.resolve().parent.parent / "blobs")
+    for file in sorted(path.iterdir()):
+        if file.is_symlink() and not any(file.resolve().is_relative_to(root) for root in roots):
+            raise QklensError(f"{file}: a link out of the directory; expected the file itself: copy it here")
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:

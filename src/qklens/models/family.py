@@ -62,6 +62,7 @@ class Family:
         sinks: an attention module's sink logits, one a head, or nothing.
         window: how many last tokens a layer's queries see, or nothing for all.
         experts: whether its MLPs are mixtures of experts.
+        grouped: whether heads may share keys and have a width of their own; if not, stray config keys mean nothing.
         unproven: what a config asks for that this file does not cover, or nothing.
     """
 
@@ -83,7 +84,33 @@ class Family:
     sinks: Callable[[Any], Tensor | None] = lambda attention: None
     window: Callable[[Any], int | None] = lambda attention: None
     experts: bool = False
+    grouped: bool = True
     unproven: Callable[[dict[str, Any]], str | None] = lambda config: None
+
+
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
+_OTHER_ROPE_TYPES = ("dynamic", "longrope", "su")  # their angles depend on the prompt's length
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def _unproven_anywhere(config: dict[str, Any]) -> str | None:
+    """What no family here covers: rotary that depends on the prompt's length, other layers, quantised weights."""
+    for key in ("rope_parameters", "rope_scaling"):
+        given = config.get(key)
+        tables = [given, *given.values()] if isinstance(given, dict) else []
+        for table in tables:
+            kind = (table.get("rope_type") or table.get("type") or "default") if isinstance(table, dict) else "default"
+            if kind not in _ROPE_TYPES and kind in _OTHER_ROPE_TYPES:
+                return f"{key} of type {kind!r} (proven: {', '.join(_ROPE_TYPES)})"
+    types = config.get("layer_types")
+    other = [t for t in types if t not in _LAYER_TYPES] if isinstance(types, list) else []
+    if other:
+        return f"layer_types {other[0]!r} (proven: {', '.join(_LAYER_TYPES)})"
+    if config.get("per_layer_config"):
+        return "per_layer_config"
+    if config.get("quantization_config"):
+        return "quantization_config (dequantise the weights and remove it)"
+    return None
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
@@ -105,7 +132,7 @@ def family_of(config: dict[str, Any], where: str) -> Family:
             f"{sorted(FAMILIES)}{nearest(model_type, FAMILIES)}"
         )
     family = load_family(model_type)
-    asked = family.unproven(config)
+    asked = _unproven_anywhere(config) or family.unproven(config)
     if asked:
         raise QklensError(f"{where}: {model_type} with {asked} has no proven score decomposition; not supported")
     return family

@@ -60,8 +60,13 @@ def load_subject(path: Path | str, *, device: str = "cpu", dtype: str = "float32
     if place is not None:
         nn.Module.to(model, place)
     weights = sha256_files(list(checkpoint.weights))
-    subject = wrap_model(model, tokenizer, checkpoint.family, path=where, sha256=weights)
-    self_check(subject)
+    try:
+        subject = wrap_model(model, tokenizer, checkpoint.family, path=where, sha256=weights)
+        self_check(subject)
+    except QklensError:
+        raise
+    except Exception as error:  # whatever the family's own code says of a config that builds but does not run
+        raise QklensError(f"{where}: the model does not run ({reason(error)}); check config.json") from error
     return subject
 
 

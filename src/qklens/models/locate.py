@@ -13,7 +13,7 @@ from qklens.errors import QklensError
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@/\s]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
+_WANTED = ["*.json", "model*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 
 
 def locate_model(name: str) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from qklens.errors import QklensError
-from qklens.models.attention import ACTIVE_TAP, AttentionRead
+from qklens.models.attention import ACTIVE_TAP, AttentionRead, attention_name
 from qklens.models.batch import Batch
 from qklens.models.edits import Edit, OutputEdit, PatternEdit, ScoreEdit, ScoreView, VectorEdit
 from qklens.models.projections import Projection, ProjectionSide
@@ -157,15 +157,40 @@ class _Pass:
         self.fired = [False] * len(self.edits)
         self.changed = [False] * len(self.edits)
         self.residual: dict[int, Tensor] = {}
+        self.attended: set[int] = set()
         self.edited = self._edited_layers()
-        for edit in self.edits:
+        for index, edit in enumerate(self.edits):
             if not 0 <= edit.layer < subject.n_layers:
                 raise QklensError(f"layer {edit.layer} does not exist; expected 0 to {subject.n_layers - 1}")
+            if isinstance(edit, VectorEdit):
+                self._check_side(edit, self.edits[:index])
             if isinstance(edit, VectorEdit | ScoreEdit) and edit.mask is not None:
                 if not edit.mask.any():
                     raise QklensError(f"an edit of layer {edit.layer} matches no token")
                 if edit.mask[:, :start].any():
                     raise QklensError(f"an edit of layer {edit.layer} touches columns before {start}, which do not run")
+
+    def _check_side(self, edit: VectorEdit, earlier: Sequence[Edit]) -> None:
+        """One side's edits must name heads that exist, and no two of them the same head at the same token."""
+        if edit.side == "residual":
+            return
+        n = self.subject.counts.of(edit.side)
+        heads = set(range(n)) if edit.heads is None else set(edit.heads)
+        if not heads or not heads <= set(range(n)):
+            raise QklensError(
+                f"an edit of layer {edit.layer} on the {edit.side} side names heads {sorted(heads)}; expected some of "
+                f"0 to {n - 1}"
+            )
+        pooled = self.subject.family.qk_norm is not None and self.subject.family.qk_norm.over == "all"
+        for other in earlier:
+            if not isinstance(other, VectorEdit) or (other.layer, other.side) != (edit.layer, edit.side):
+                continue
+            shared = heads & (set(range(n)) if other.heads is None else set(other.heads))
+            if (shared or (pooled and edit.frozen_norm)) and bool((other.mask & edit.mask.to(other.mask.device)).any()):
+                raise QklensError(
+                    f"two edits of layer {edit.layer} on the {edit.side} side act on the same head and token; write "
+                    "them as one edit whose `change` does both"
+                )
 
     def install(self, stack: ExitStack) -> None:
         """Hook what this pass needs; everything is undone when the stack closes."""
@@ -322,16 +347,23 @@ class _Pass:
         for index, edit in enumerate(self.edits):
             if isinstance(edit, kind) and edit.layer == layer:
                 before = value if result is None else result
-                result = edit.replace(before, self.start)
+                result = edit.replace(before.clone(), self.start)
                 self._note(index, before, result)
         return result
 
     def read(self, read: AttentionRead) -> None:
+        self.attended.add(read.layer)
         if read.layer in self.reads.attention:
             self.reads.attention[read.layer](read)
 
     def assert_fired(self) -> None:
-        """An edit that never ran is an error, not a null result."""
+        """An edit that never ran is an error, not a null result; so is attention that went another way."""
+        unread = sorted(set(self.reads.attention) - self.attended)
+        if unread:
+            raise QklensError(
+                f"the attention of layer {unread[0]} was not read: the model runs attn_implementation "
+                f"{self.subject.model.config._attn_implementation!r}, expected {attention_name(self.subject.family)!r}"
+            )
         for edit, fired in zip(self.edits, self.fired, strict=True):
             if not fired:
                 raise QklensError(

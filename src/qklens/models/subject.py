@@ -165,7 +165,10 @@ def wrap_model(
     if family.experts and next(model.parameters()).dtype == torch.float64:
         model.set_experts_implementation("eager")  # the grouped kernels stop at float32
     config = model.config
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    d_head, n_kv_heads = config.hidden_size // config.num_attention_heads, config.num_attention_heads
+    if family.grouped:
+        d_head = getattr(config, "head_dim", None) or d_head
+        n_kv_heads = getattr(config, "num_key_value_heads", None) or n_kv_heads
     return Subject(
         name=_name_of(path) if path else config.model_type,
         model=model,
@@ -173,7 +176,7 @@ def wrap_model(
         family=family,
         n_layers=config.num_hidden_layers,
         n_heads=config.num_attention_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        n_kv_heads=n_kv_heads,
         d_model=config.hidden_size,
         d_head=d_head,
         path=path,

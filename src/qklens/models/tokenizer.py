@@ -22,6 +22,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             raise QklensError(
                 f"{path / name}: holds a {type(content).__name__}, expected a JSON object; download it again"
             )
+        for key in ("auto_map", "fast_tokenizer_files"):
+            if content.get(key):
+                raise QklensError(
+                    f"{path / name}: key {key!r} asks for other code or files; remove it to load the model"
+                )
     where, options = checkpoint.source
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False, **options)

@@ -20,8 +20,11 @@ _VISION = "a text-only checkpoint; this one has other inputs than text"
 
 MISSING = {
     "bloom": _ALIBI, "mpt": _ALIBI, "falcon": _ALIBI,
-    "deepseek_v2": _LATENT, "deepseek_v3": _LATENT, "kimi_k2": _LATENT,
+    "deepseek_v2": _LATENT, "deepseek_v3": _LATENT, "kimi_k2": _LATENT, "deepseek_v32": _LATENT,
+    "minicpm3": _LATENT, "longcat_flash": _LATENT, "glm_moe_dsa": _LATENT,
     "mamba": _LINEAR, "mamba2": _LINEAR, "rwkv": _LINEAR, "jamba": _LINEAR, "qwen3_next": _LINEAR, "minimax": _LINEAR,
+    "falcon_h1": _LINEAR, "falcon_mamba": _LINEAR, "bamba": _LINEAR, "zamba": _LINEAR, "zamba2": _LINEAR,
+    "nemotron_h": _LINEAR, "recurrent_gemma": _LINEAR, "lfm2": _LINEAR, "granitemoehybrid": _LINEAR,
     "gemma3": _VISION, "llama4": _VISION, "mllama": _VISION, "qwen2_vl": _VISION, "qwen2_5_vl": _VISION,
 }  # fmt: skip
 

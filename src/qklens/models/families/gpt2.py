@@ -24,4 +24,5 @@ GPT2 = Family(
     output="c_proj",
     rotary=lambda model, layer, residual, position_ids: None,
     unproven=lambda config: "reorder_and_upcast_attn" if config.get("reorder_and_upcast_attn") else None,
+    grouped=False,
 )

@@ -22,4 +22,5 @@ GPT_NEOX = Family(
     projections=interleaved("query_key_value"),
     output="dense",
     rotary=lambda model, layer, residual, position_ids: model.gpt_neox.rotary_emb(residual, position_ids=position_ids),
+    grouped=False,
 )

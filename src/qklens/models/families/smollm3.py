@@ -22,10 +22,19 @@ def _rotary(
     return shared_rotary(model, layer, residual, position_ids) if turns else None
 
 
+def _masked_but_unread_window(config: dict[str, Any]) -> str | None:
+    """The mask goes by `layer_types`, the attention modules by `use_sliding_window`."""
+    sliding = "sliding_attention" in (config.get("layer_types") or ())
+    return (
+        "sliding layer_types and use_sliding_window false" if sliding and not config.get("use_sliding_window") else None
+    )
+
+
 SMOLLM3 = replace(
     LLAMA,
     model_type="smollm3",
     eager=eager_attention_forward,
     rotary=_rotary,
     window=lambda attention: attention.sliding_window,
+    unproven=_masked_but_unread_window,
 )

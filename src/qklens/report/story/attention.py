@@ -207,6 +207,16 @@ def zscores(results: Results) -> Section:
                 f"standard deviations out, on the same side, under both {listing(map(_null, CLAIM_NULLS))}."
             )
         paragraphs.append(text)
+    played: dict[str, list[str]] = {}
+    for role in results.roles:
+        if role.chosen:
+            played.setdefault(role.feature, []).append(role.role)
+    paragraphs += [
+        f"{printable(feature)} plays {listing(role_words(name) or name for name in names)}: the dictionary "
+        "has one feature for both, which the head reads through W_Q at the answer and through W_K at the key."
+        for feature, names in played.items()
+        if len(names) > 1
+    ]
     notes = dict.fromkeys(printable(h.note) for h in results.null_histograms if h.note)
     paragraphs += [f"Note on the nulls: {note}." for note in notes]
     table = Table(
