@@ -157,3 +157,13 @@ def test_a_link_out_of_the_directory_is_refused(model: Path, name: str) -> None:
     line = refusal(model)
     assert name in line
     assert "a link out of the directory" in line
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 10**12}, {"vocab_size": 10**12}])
+def test_sizes_that_the_weights_have_not_are_refused_before_they_are_allocated(
+    model: Path, changes: dict[str, int]
+) -> None:
+    edit_json(model / "config.json", **changes)
+    line = refusal(model)
+    assert "'model.embed_tokens.weight' has shape" in line
+    assert str(10**12) in line

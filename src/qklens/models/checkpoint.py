@@ -85,6 +85,7 @@ def inspect_checkpoint(path: Path) -> Checkpoint:
     for file in weights:
         shapes.update(_header_shapes(file))
     _check_tensors(path, layers, family, shapes)
+    _check_embedding(path, config, shapes)
     check_readable(config, path / "config.json")
     return Checkpoint(path, config, family, weights)
 
@@ -147,6 +148,21 @@ def _header_shapes(file: Path) -> dict[str, list[int]]:
     if 8 + length + end != size:
         raise QklensError(f"{file}: {size} bytes, its header promises {8 + length + end}; truncated, download it again")
     return shapes
+
+
+_EMBEDDINGS = ("model.embed_tokens.weight", "wte.weight", "gpt_neox.embed_in.weight")
+
+
+def _check_embedding(path: Path, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:
+    """A config's sizes against the embedding's shape, before anything of that size is allocated."""
+    name = next((n for n in shapes if n.endswith(_EMBEDDINGS)), None)
+    stated = (config.get("vocab_size"), config.get("hidden_size", config.get("n_embd")))
+    if name is None or None in stated or (len(shapes[name]) == 2 and tuple(shapes[name]) == stated):
+        return
+    raise QklensError(
+        f"{path}: tensor {name!r} has shape {shapes[name]}, config.json says {list(stated)}; weights and config do "
+        "not fit"
+    )
 
 
 def _check_tensors(path: Path, layers: int, family: Family, shapes: dict[str, list[int]]) -> None:

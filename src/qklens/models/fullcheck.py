@@ -81,7 +81,7 @@ class FullCheck:
             if not row.pattern_effect > 0:
                 found.append(f"{where}a replaced pattern does not change the logits")
         logits = {name: getattr(self, name) for name in _LOGIT_ERRORS}
-        found += [f"{_said(name)} {e:.1e}" for name, e in logits.items() if not e <= max(self.tolerance, 1e-3)]
+        found += [f"{_said(name)} {e:.1e}" for name, e in logits.items() if not e <= self.tolerance]
         if not self.clean_after_edits:
             found.append("a clean pass after edits differs from the one before")
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ AUTO = "auto"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_subject(path: Path | str, *, device: str = "cpu", dtype: str = "float32") -> Subject:
+def load_subject(path: Path | str, *, device: str | Mapping[str, str] = "cpu", dtype: str = "float32") -> Subject:
     """Load a model after inspecting it, and check that its scores are rebuilt; no code of the checkpoint runs.
 
     Args:
         path: a directory with safetensors, a GGUF file, or a hub id `owner/name@<40-hex commit>` (`locate_model`).
-        device: a torch device, or `auto`: the layers are spread over all GPUs, as accelerate does it.
+        device: a torch device; `auto`, which spreads the layers over all GPUs, as accelerate does it; or a device map,
+            module names to devices.
         dtype: what the model computes in; score algebra stays in float32 or better.
 
     Raises:
@@ -40,13 +42,14 @@ def load_subject(path: Path | str, *, device: str = "cpu", dtype: str = "float32
     if dtype not in DTYPES:
         raise QklensError(f"--dtype {dtype!r} is unknown; expected one of {sorted(DTYPES)}{nearest(dtype, DTYPES)}")
     checkpoint = inspect_model(locate_model(str(path)))
-    place = None if device == AUTO else _device(device)
-    if place is None and find_spec("accelerate") is None:
+    place = _device(device) if isinstance(device, str) and device != AUTO else None
+    spread = device if place is None else None
+    if spread is not None and find_spec("accelerate") is None:
         raise QklensError(f"--device {AUTO} needs the package 'accelerate': pip install 'qklens[spread]'")
     where = checkpoint.path
     transformers_logging.disable_progress_bar()
     tokenizer = load_tokenizer(checkpoint)
-    model = _load_model(checkpoint, DTYPES[dtype], spread=place is None)
+    model = _load_model(checkpoint, DTYPES[dtype], spread)
     rows = int(model.config.vocab_size)
     if len(tokenizer) > rows:
         raise QklensError(
@@ -84,7 +87,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, *, spread: bool) -> PreTrainedModel:
+def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, spread: str | Mapping[str, str] | None) -> PreTrainedModel:
     where, options = checkpoint.source
     try:
         with warnings.catch_warnings():
@@ -92,7 +95,7 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, *, spread: bool) -> 
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype,
-                device_map=AUTO if spread else None,
+                device_map=dict(spread) if isinstance(spread, Mapping) else spread,
                 attn_implementation="eager",
                 local_files_only=True,
                 trust_remote_code=False,
