@@ -207,3 +207,16 @@ def test_intervals_cover_and_resample_items_together():
     clusters = np.repeat(np.arange(20), 2)
     low, high = bootstrap_auc(values + 1, values, clusters, 0)
     assert low < auc(values + 1, values) < high
+
+
+def test_in_a_small_source_matched_directions_vary_as_much_as_the_tested_one(features):
+    """Two nulls, not one twice: random directions, and those along which the residual varies alike."""
+    small = Population(features.vectors[:4], features.frequency[:4], features.alive[:4], features.covariance_root)
+    probes = small.from_covariance(50, torch.Generator().manual_seed(1))
+    spreads = small.spread(probes)
+    for axis in (probes[spreads.argmax()], probes[spreads.argmin()]):
+        target = float(small.spread(axis[None])[0])
+        matched = small.spread(small.matched_sample(axis, 1.0, 100, torch.Generator().manual_seed(0)))
+        drawn = small.spread(small.alive_sample(100, torch.Generator().manual_seed(0)))
+        off = [float((x.log() - torch.tensor(target).log()).abs().mean()) for x in (matched, drawn)]
+        assert off[0] < 0.5 * off[1]
