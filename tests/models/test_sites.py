@@ -149,6 +149,19 @@ def test_a_site_that_does_not_exist_is_named(site, message, word_tokenizer):
         capture(subject, batch_of(subject), [site])
 
 
+@pytest.mark.parametrize("case", ["llama gqa", "gpt_oss", "gemma2 low cap"])
+def test_a_trace_of_some_heads_keeps_those_alone_and_says_the_same(case, word_tokenizer):
+    subject = subject_of(case, word_tokenizer)
+    whole, some = (trace(subject, batch_of(subject), [1], heads=heads) for heads in (None, (3, 1)))
+    assert some.attention[1].query.shape[1] == some.attention[1].key.shape[1] == some.attention[1].pattern.shape[1] == 2
+    for head in (1, 3):
+        assert torch.allclose(some.score(1, head, -1, -2), whole.score(1, head, -1, -2), rtol=0, atol=1e-12)
+        assert torch.equal(some.pattern(1, head, -1), whole.pattern(1, head, -1))
+        assert torch.equal(some.query_map(1, head, -1).matrix, whole.query_map(1, head, -1).matrix)
+    with pytest.raises(QklensError, match=r"head 0 was not traced; it holds heads \[3, 1\]"):
+        some.score(1, 0, -1, -2)
+
+
 def test_a_trace_names_what_it_does_not_hold(word_tokenizer):
     subject = subject_of("mistral window", word_tokenizer)
     traced = trace(subject, batch_of(subject), [1])

@@ -6,9 +6,9 @@ add to the scores, or replace pattern rows and head outputs. Without a running p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -43,6 +43,19 @@ class AttentionRead:
     scale: float
     mask: Float[Tensor, "#batch #head q_pos k_pos"] | None = None
     bias: Float[Tensor, "batch head q_pos k_pos"] | None = None
+
+    def of(self, heads: Sequence[int]) -> AttentionRead:
+        """A copy of some heads alone, each with its own key; they are counted from 0 in their new order."""
+        at = torch.tensor(list(heads), device=self.query.device)
+        group = self.query.shape[1] // self.key.shape[1]
+        return replace(
+            self,
+            query=self.query[:, at],
+            key=self.key[:, at // group],
+            pattern=self.pattern[:, at],
+            output=self.output[:, :, at],
+            bias=None if self.bias is None else self.bias[:, at],
+        )
 
     def score(
         self, heads: Int[Tensor, " some"] | None = None, columns: Int[Tensor, "batch n"] | None = None

@@ -77,6 +77,7 @@ class Trace:
         streams: resid_pre by layer.
         attention: the layers that were asked for.
         logits: at the answer position.
+        heads: the heads whose attention was kept, in that order; None is all.
     """
 
     subject: Subject
@@ -84,6 +85,7 @@ class Trace:
     streams: dict[int, Float[Tensor, "batch pos d_model"]]
     attention: dict[int, AttentionRead]
     logits: Float[Tensor, "batch vocab"]
+    heads: tuple[int, ...] | None = None
 
     def at(self, position: Position) -> Int[Tensor, " batch"]:
         """The column of a token in each prompt's row."""
@@ -135,20 +137,25 @@ class Trace:
 
     def score(self, layer: int, head: int, q_pos: Position, k_pos: Position) -> Float[Tensor, " batch"]:
         """The model's own u(p, j): after its scale, before a soft cap and the softmax; −∞ where it does not see."""
-        read = self._attention(layer, head)
-        row = read.score(torch.tensor([head], device=read.query.device), self.at(q_pos).to(read.query.device)[:, None])
+        read, which = self._attention(layer, head)
+        row = read.score(torch.tensor([which], device=read.query.device), self.at(q_pos).to(read.query.device)[:, None])
         return row[torch.arange(len(row), device=row.device), 0, 0, self.at(k_pos).to(row.device)]
 
     def pattern(self, layer: int, head: int, q_pos: Position) -> Float[Tensor, "batch k_pos"]:
         """The model's own pattern row over the batch's columns."""
-        pattern = self._attention(layer, head).pattern
-        return pattern[torch.arange(len(pattern), device=pattern.device), head, self.at(q_pos).to(pattern.device)]
+        read, which = self._attention(layer, head)
+        rows = torch.arange(len(read.pattern), device=read.pattern.device)
+        return read.pattern[rows, which, self.at(q_pos).to(rows.device)]
 
-    def _attention(self, layer: int, head: int) -> AttentionRead:
+    def _attention(self, layer: int, head: int) -> tuple[AttentionRead, int]:
         self.subject.check_head(layer, head)
         if layer not in self.attention:
             raise QklensError(f"the attention of layer {layer} was not traced; it holds {sorted(self.attention)}")
-        return self.attention[layer]
+        if self.heads is None:
+            return self.attention[layer], head
+        if head not in self.heads:
+            raise QklensError(f"head {head} was not traced; it holds heads {list(self.heads)}")
+        return self.attention[layer], self.heads.index(head)
 
     def _at(self, layer: int, position: Position) -> tuple[ScoreMaps, Tensor, Rotation]:
         maps, stream = self.maps(layer), self.stream(layer, position)
@@ -158,7 +165,13 @@ class Trace:
 
 
 def trace(
-    subject: Subject, batch: Batch, layers: Sequence[int], *, also: Sequence[int] = (), edits: Sequence[Edit] = ()
+    subject: Subject,
+    batch: Batch,
+    layers: Sequence[int],
+    *,
+    heads: Sequence[int] | None = None,
+    also: Sequence[int] = (),
+    edits: Sequence[Edit] = (),
 ) -> Trace:
     """Run the model once and keep what `query_map`, `key_map`, `score` and `pattern` of some layers need.
 
@@ -166,18 +179,24 @@ def trace(
         subject: the model.
         batch: left-padded prompts.
         layers: whose stream and attention to keep.
+        heads: whose attention to keep; None is all.
         also: other layers whose stream a feature source reads to write these (`source.reads(layer)`).
         edits: applied in the pass.
 
     Raises:
-        QklensError: no such layer, or an edit that cannot act.
+        QklensError: no such layer or head, or an edit that cannot act.
     """
     for layer in (*layers, *also):
-        subject.check_head(layer, 0)
+        for head in heads or (0,):
+            subject.check_head(layer, head)
     streams: dict[int, Tensor] = {}
     attention: dict[int, AttentionRead] = {}
     reads = Reads(
         {layer: lambda x, layer=layer: streams.__setitem__(layer, x) for layer in {*layers, *also}},
-        {layer: lambda a, layer=layer: attention.__setitem__(layer, a) for layer in layers},
+        {
+            layer: lambda a, layer=layer: attention.__setitem__(layer, a if heads is None else a.of(heads))
+            for layer in layers
+        },
     )
-    return Trace(subject, batch, streams, attention, run_pass(subject, batch, edits, reads).logits)
+    logits = run_pass(subject, batch, edits, reads).logits
+    return Trace(subject, batch, streams, attention, logits, None if heads is None else tuple(heads))
