@@ -57,21 +57,25 @@ class AttentionRead:
             bias=None if self.bias is None else self.bias[:, at],
         )
 
-    def score(
+    def products(
         self, heads: Int[Tensor, " some"] | None = None, columns: Int[Tensor, "batch n"] | None = None
     ) -> Float[Tensor, "batch some n k_pos"]:
-        """Scores u(p, j) = c ⟨q_p, k_j⟩ (+ edits) of some heads at some query columns, or of all.
+        """Scores u(p, j) = c ⟨q_p, k_j⟩ (+ edits) of some heads at some query columns, or of all, hidden keys too.
 
-        In float32 or better; −∞ where the mask hides the key. u comes before a soft cap; `ScoreMaps.capped` gives what
-        meets the softmax.
+        In float32 or better. u comes before a soft cap; `ScoreMaps.capped` gives what meets the softmax.
         """
         group = self.query.shape[1] // self.key.shape[1]
         which = torch.arange(self.query.shape[1], device=self.query.device) if heads is None else heads
         exact = torch.promote_types(self.query.dtype, torch.float32)
         query, key = pick(self.query, heads, columns).to(exact), self.key[:, which // group].to(exact)
         score = self.scale * (query @ key.transpose(2, 3))
-        if self.bias is not None:
-            score = score + pick(self.bias, heads, columns)
+        return score if self.bias is None else score + pick(self.bias, heads, columns)
+
+    def score(
+        self, heads: Int[Tensor, " some"] | None = None, columns: Int[Tensor, "batch n"] | None = None
+    ) -> Float[Tensor, "batch some n k_pos"]:
+        """The same with −∞ where the mask hides the key."""
+        score = self.products(heads, columns)
         if self.mask is None:
             return score
         mask = self.mask[..., : score.shape[-1]].expand(len(score), 1, -1, -1)

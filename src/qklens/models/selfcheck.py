@@ -81,11 +81,12 @@ def check_layer(
     maps = score_maps(subject, read.layer)
     turn, scales = rotation(subject, read.layer, positions[0]), maps.scales(stream[0])
     worst, largest, worst_pattern = 0.0, 0.0, 0.0
+    products = read.products()[0]
     for head in range(subject.n_heads):
         query = turn(maps.whole_query(stream[0], head, scales))
         key = turn(maps.whole_key(stream[0], head, scales))
         rebuilt = maps.scale * query @ key.T
-        own = read.scale * (read.query[0, head] @ read.key[0, maps.kv_head(head)].T).to(rebuilt.dtype)
+        own = products[head].to(rebuilt.dtype)
         worst = max(worst, float((rebuilt - own).abs().max()))
         largest = max(largest, float(own.abs().max()))
         capped = maps.capped(rebuilt)

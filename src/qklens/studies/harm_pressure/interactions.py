@@ -132,8 +132,8 @@ def _read_scores(
             return sink
 
         def attention(read: AttentionRead) -> None:
-            keys = read.key.repeat_interleave(subject.n_heads // subject.n_kv_heads, dim=1)
-            scores = read.scale * torch.einsum("bhd,bhkd->bhk", read.query[:, :, -1], keys)
+            last = torch.full((len(index), 1), batch.width - 1, device=read.query.device)
+            scores = read.products(columns=last)[:, :, 0]
             for row, i in enumerate(index):
                 own[i][read.layer] = scores[row, :, batch.padding(row) :].cpu()
 
