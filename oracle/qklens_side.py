@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from oracle.cases import CASES, EDIT_NORM, HEADS, LAYERS, PROMPTS, RUNS, VOCABULARY, Case
 from qklens import Directions, Subject, left_padded, load_subject
-from qklens.analyses.interactions import head_lens, write_prompts
+from qklens.analyses.lens import head_lens
+from qklens.analyses.written import write_prompts
 from qklens.models.attention import AttentionRead
 from qklens.models.edits import VectorEdit
 from qklens.models.passes import Reads, run_pass
@@ -95,7 +96,7 @@ def summed_terms(
     source = Directions(tuple(f"d{i}" for i in range(5)), {maps.layer: drawn[:5]}, {maps.layer: drawn[5]})
     (written,) = write_prompts(subject, source, maps, [{maps.layer: stream}])
     lenses = [head_lens(subject, source, maps.layer, head) for head in range(HEADS)]
-    sums = [[lens.terms_by_token(written, p).sum(dim=(1, 2)) for p in range(len(stream))] for lens in lenses]
+    sums = [[lens.terms_by_token(written, p).scores(len(stream)) for p in range(len(stream))] for lens in lenses]
     return seen(maps, maps.capped(torch.stack([torch.stack(rows) for rows in sums])))
 
 

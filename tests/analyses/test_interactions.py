@@ -8,18 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pair_terms import pair_terms
 from qklens.analyses.factorial import TERMS, factorial_terms, removal, shapley_values, term_rows
-from qklens.analyses.interactions import (
-    HeadLens,
-    PromptParts,
-    contrast_weights,
-    head_lens,
-    mean_terms,
-    weights_of,
-    within_span,
-    write_prompts,
-)
+from qklens.analyses.interactions import mean_terms
+from qklens.analyses.lens import HeadLens, head_lens
 from qklens.analyses.readings import SPANS, read_attention, read_patterns, read_streams
+from qklens.analyses.weighting import CONTRASTIVE, REALISED, Weighting, within_span
+from qklens.analyses.written import WrittenPrompt, write_prompts
 from qklens.data.render import LetterForm, render
 from qklens.dictionaries.directions import Directions
 from qklens.errors import QklensError
@@ -29,7 +24,7 @@ from qklens.models.scores import score_maps
 FORM = LetterForm("", "")
 
 
-def written_by(lens: HeadLens, streams: list[dict[int, torch.Tensor]]) -> list[PromptParts]:
+def written_by(lens: HeadLens, streams: list[dict[int, torch.Tensor]]) -> list[WrittenPrompt]:
     return write_prompts(lens.subject, lens.source, lens.maps, streams)
 
 
@@ -72,15 +67,15 @@ def test_a_planted_pair_has_its_closed_form(tiny_llama):
     maps = score_maps(subject, 0)
     (written,) = write_prompts(subject, source, maps, [{0: stream}])
     lens = head_lens(subject, source, 0, 0)
-    terms = lens.terms(written, 5, torch.tensor([0.0, 0, 1, 0, 0, 0]))
+    found = lens.terms_by_token(written, 5)
     sigma_q, sigma_k = maps.norm.scale(stream[5]), maps.norm.scale(stream[2])
     angle = 3 * 10000.0 ** (-6 / 8)
     expected = maps.scale * (2.0 * 1.5 / sigma_q) * (-5.0 * 3.0 / sigma_k) * np.cos(angle)
-    assert float(terms[0, 1]) == pytest.approx(float(expected), rel=1e-5)
-    assert float(terms[0, 1]) < -1.0
-    rest = terms.clone()
-    rest[0, 1] = 0
-    assert rest.abs().max() < 1e-6
+    there = (found.key == 1) & (found.position == 2)
+    assert float(found.value[found.query == 0][:, there]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(expected) < -1.0
+    assert found.value[:, ~there].abs().max() < 1e-6
+    assert found.value[found.query != 0].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("weighting", ["realised", "contrastive", "share"])
@@ -89,11 +84,12 @@ def test_mean_terms_sum_to_the_mean_weighted_score(lab, weighting, condition):
     subject, source, prompts, _, streams = lab
     lens = head_lens(subject, source, 1, 2)
     written = written_by(lens, streams[condition])
-    means = mean_terms(lens, prompts[condition], written, weighting)
+    how = Weighting(weighting)
+    means = mean_terms(lens, prompts[condition], written, how)
     total = 0.0
     for prompt, parts in zip(prompts[condition], written, strict=True):
         scores = lens.scores(parts, prompt.spans["answer"][0])
-        weights = weights_of(lens, prompt, parts, weighting)
+        weights = how.weights(lens, prompt, parts)
         total += float((weights * scores.nan_to_num(neginf=0.0)).sum()) / len(written)
     assert means.total == pytest.approx(total, abs=1e-4)
     assert sum(means.shares().values()) == pytest.approx(means.total, abs=1e-6)
@@ -112,11 +108,13 @@ def test_scores_from_sources_give_the_models_own_pattern(lab):
 def test_top_ranks_by_signed_value_from_both_ends(lab):
     subject, source, prompts, _, streams = lab
     lens = head_lens(subject, source, 2, 0)
-    means = mean_terms(lens, prompts["harm"], written_by(lens, streams["harm"]), "realised")
+    means = mean_terms(lens, prompts["harm"], written_by(lens, streams["harm"]), REALISED)
     pairs = means.top(4)
     values = [v for *_, v in pairs]
-    assert values[:4] == sorted(means.value)[:4]
-    assert values[4:] == sorted(means.value, reverse=True)[:4]
+    every = torch.cat([block.value.flatten() for block in means.blocks()]).tolist()
+    assert len(every) == 36
+    assert values[:4] == sorted(every)[:4]
+    assert values[4:] == sorted(every, reverse=True)[:4]
     query, key = means.names.index(pairs[0][0]), means.names.index(pairs[0][1])
     assert means.between(query, key) == pytest.approx(pairs[0][2])
 
@@ -125,10 +123,9 @@ def test_swapping_the_options_negates_the_contrast(lab):
     subject, source, prompts, _, streams = lab
     lens = head_lens(subject, source, 1, 1)
     prompt, parts = prompts["none"][0], written_by(lens, streams["none"][:1])[0]
-    scores = lens.scores(parts, prompt.spans["answer"][0])
     swapped = {**prompt.spans, "correct": prompt.spans["incorrect"], "incorrect": prompt.spans["correct"]}
     other = type(prompt)(**{**prompt.__dict__, "spans": swapped})
-    assert torch.allclose(contrast_weights(scores, other), -contrast_weights(scores, prompt))
+    assert torch.allclose(CONTRASTIVE.weights(lens, other, parts), -CONTRASTIVE.weights(lens, prompt, parts))
 
 
 def test_weights_are_softmax_within_spans(lab):
@@ -152,8 +149,8 @@ def test_rescaling_and_permuting_features_changes_nothing_realised(lab, scale, o
     weights[5] = 1.0
     first = head_lens(subject, source, 1, 3)
     second = head_lens(subject, other, 1, 3)
-    a = first.terms(written_by(first, [stream])[0], position, weights)
-    b = second.terms(written_by(second, [stream])[0], position, weights)
+    a = pair_terms(first, written_by(first, [stream])[0], position, weights)
+    b = pair_terms(second, written_by(second, [stream])[0], position, weights)
     index = [*order, 4, 5]
     assert torch.allclose(a[index][:, index], b, atol=1e-3 * float(a.abs().max()))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from qklens.analyses.interactions import PairMeans, head_lens, weights_of, within_span, write_prompts
+from pair_terms import pair_terms
+from qklens.analyses.interactions import PairTerms
+from qklens.analyses.lens import Sources, head_lens
+from qklens.analyses.weighting import SHARE, within_span
+from qklens.analyses.written import write_prompts
 from qklens.data.render import LetterForm, render
 from qklens.dictionaries.directions import Directions
 from qklens.interventions.engine import letter_margins
@@ -38,12 +41,12 @@ def test_terms_hold_the_projections_biases(biased):
     position = prompt.spans["answer"][0]
     scores = lens.scores(written, position)
     weights = within_span(scores, prompt.span("correct")) - within_span(scores, prompt.span("incorrect"))
-    total = float(lens.terms(written, position, weights).sum())
+    total = float(pair_terms(lens, written, position, weights).sum())
     assert total == pytest.approx(float((weights * scores).sum()), abs=1e-4 * float(scores.abs().max()))
     alone = within_span(scores, prompt.span("correct"))
-    total = float(lens.terms(written, position, alone).sum())
+    total = float(pair_terms(lens, written, position, alone).sum())
     assert total == pytest.approx(float((alone * scores).sum()), abs=1e-4 * float(scores.abs().max()))
-    by_token = lens.terms_by_token(written, position).sum(dim=(1, 2))
+    by_token = lens.terms_by_token(written, position).scores(len(prompt.tokens))
     torch.testing.assert_close(by_token, scores, rtol=1e-4, atol=1e-4)
 
 
@@ -53,20 +56,25 @@ def test_share_is_the_correct_span_less_the_whole_pattern(biased):
     correct = list(prompt.span("correct"))
     wanted = -scores.softmax(dim=0)
     wanted[correct] += scores[correct].softmax(dim=0)
-    found = weights_of(lens, prompt, written, "share")
+    found = SHARE.weights(lens, prompt, written)
     torch.testing.assert_close(found, wanted)
     assert float(found[correct].sum()) > 0
 
 
 def test_an_error_on_either_side_counts_as_error():
-    names = ("a", "bias", "error")
-    means = PairMeans(
-        names, np.array([0, 2, 0, 2, 1]), np.array([0, 0, 2, 2, 1]), np.array([1.0, -2.0, 3.0, -4.0, 10.0]), 8.0
-    )
-    assert means.error_share() == pytest.approx((2 + 3 + 4) / 20)
-    assert means.shares()["error x feature"] == -2.0
-    assert means.shares()["feature x error"] == 3.0
-    assert sum(means.shares().values()) == means.total
+    table = torch.tensor([[1.0, 0, 3], [0, 10, 0], [-2, 0, -4]])
+    index = torch.arange(3)
+    terms = PairTerms(("a", "bias", "error"), 1.0, (Sources(index, torch.eye(3)),), (Sources(index, table.T),), (1.0,))
+    assert terms.error_share() == pytest.approx((2 + 3 + 4) / 20)
+    assert terms.shares()["error x feature"] == -2.0
+    assert terms.shares()["feature x error"] == 3.0
+    assert sum(terms.shares().values()) == terms.total == 8.0
+    assert terms.marginal("query").tolist() == [4.0, 10.0, -6.0]
+    assert terms.marginal("key").tolist() == [-1.0, 10.0, -1.0]
+    assert terms.against("key", 2).tolist() == [-2.0, 0.0, -4.0]
+    assert terms.top(2) == [
+        ("error", "error", -4.0), ("error", "a", -2.0), ("bias", "bias", 10.0), ("a", "error", 3.0)
+    ]  # fmt: skip
 
 
 def test_a_margin_is_the_correct_letter_less_the_incorrect_one(items, word_tokenizer):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qklens.analyses.interactions import head_lens, write_prompts
+from pair_terms import pair_terms
+from qklens.analyses.lens import head_lens
+from qklens.analyses.written import write_prompts
 from qklens.dictionaries.directions import Directions
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
@@ -88,14 +90,14 @@ def test_terms_sum_to_the_models_scores_in_float64(case, word_tokenizer, monkeyp
             for position in (4, len(TOKENS) - 1):
                 keys, query = expected.keys[layer][maps.kv_head(head)], expected.queries[layer][head, position]
                 own = expected.scales[layer] * keys @ query
-                total = lens.terms_by_token(written, position).sum(dim=(1, 2))
+                total = lens.terms_by_token(written, position).scores(len(TOKENS))
                 worst = max(worst, float((total - own).abs().max()))
                 largest = max(largest, float(own.abs().max()))
                 pattern = lens.pattern(lens.scores(written, position))
                 assert torch.allclose(pattern, expected.patterns[layer][head, position], atol=2e-6)
                 weights = torch.zeros(len(TOKENS), dtype=torch.float64)
                 weights[2], weights[position] = 0.7, -1.3
-                together = float(lens.terms(written, position, weights).sum())
+                together = float(pair_terms(lens, written, position, weights).sum())
                 assert together == pytest.approx(float(weights @ own), abs=1e-9 * largest)
     assert largest > 0.1
     assert worst <= 1e-10 * largest

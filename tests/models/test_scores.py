@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qklens.analyses.interactions import head_lens, write_prompts
+from pair_terms import pair_terms
+from qklens.analyses.lens import head_lens
+from qklens.analyses.written import write_prompts
 from qklens.dictionaries.directions import Directions
 from qklens.errors import QklensError
 from qklens.models.attention import AttentionRead
@@ -76,7 +78,7 @@ def test_pair_terms_sum_to_the_models_own_scores_in_float64(tiny_llama, double_n
             keys = read.key[0, head // (subject.n_heads // kv_heads)]
             for position in (3, len(TOKENS) - 1):
                 own = read.scale * keys @ read.query[0, head, position]
-                total = lens.terms_by_token(written, position).sum(dim=(1, 2))
+                total = lens.terms_by_token(written, position).scores(len(TOKENS))
                 assert torch.allclose(lens.scores(written, position)[: position + 1], own[: position + 1], atol=1e-9)
                 worst = max(worst, float((total - own).abs().max()))
                 largest = max(largest, float(own.abs().max()))
@@ -92,9 +94,11 @@ def test_weighted_terms_are_the_weighted_sum_of_terms_by_token(tiny_llama):
     lens = head_lens(subject, source, 1, 2)
     weights = torch.zeros(len(TOKENS))
     weights[4], weights[7] = 0.3, -1.7
-    by_token = lens.terms_by_token(written, 12)
-    combined = torch.einsum("t,tqk->qk", weights, by_token)
-    assert torch.allclose(lens.terms(written, 12, weights), combined, atol=1e-4)
+    found = lens.terms_by_token(written, 12)
+    combined = torch.zeros(len(lens.names), len(lens.names))
+    for column, (key, token) in enumerate(zip(found.key, found.position, strict=True)):
+        combined[found.query, key] += weights[token] * found.value[:, column]
+    assert torch.allclose(pair_terms(lens, written, 12, weights), combined, atol=1e-4)
 
 
 def test_offset_rotation_is_the_relative_rotation(tiny_llama):

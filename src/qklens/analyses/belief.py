@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qklens.analyses.contrasts import consistency, item_means
 from qklens.analyses.statistics import Interval, auc, bootstrap_auc
+from qklens.analyses.written import WrittenPrompt
 from qklens.data.render import Prompt
 
 
@@ -25,17 +27,59 @@ class BeliefReading:
 
 
 def option_sums(
-    prompts: Sequence[Prompt], activations: Sequence[Float[Tensor, "_pos feature"]]
+    prompts: Sequence[Prompt], written: Sequence[WrittenPrompt]
 ) -> tuple[Float[Tensor, "prompt feature"], Float[Tensor, "prompt feature"]]:
     """Activations summed over the tokens of the correct and of the incorrect option."""
-    correct = torch.stack([a[list(p.span("correct"))].sum(dim=0) for p, a in zip(prompts, activations, strict=True)])
-    wrong = torch.stack([a[list(p.span("incorrect"))].sum(dim=0) for p, a in zip(prompts, activations, strict=True)])
-    return correct, wrong
+
+    def sums(name: str) -> Tensor:
+        return torch.stack([w.active.at(p.span(name)).sum(dim=0) for p, w in zip(prompts, written, strict=True)])
+
+    return sums("correct"), sums("incorrect")
 
 
 def paired_auc(correct: Float[Tensor, "prompt feature"], wrong: Float[Tensor, "prompt feature"]) -> Tensor:
     """P(correct > incorrect within a prompt) + ½ P(equal), per feature; ranks candidates."""
     return (correct > wrong).float().mean(dim=0) + 0.5 * (correct == wrong).float().mean(dim=0)
+
+
+@dataclass(frozen=True)
+class BeliefCandidate:
+    """A feature that may say which option is correct, as it looks on the half where it is chosen.
+
+    Attributes:
+        layer: where it is read.
+        feature: its index.
+        paired_auc: P(more active on the correct than on the incorrect option of the same prompt), ties half.
+        difference: mean over prompts of its activation summed over the correct less over the incorrect option.
+        steadiness: that difference's mean over its standard deviation, over items.
+    """
+
+    layer: int
+    feature: int
+    paired_auc: float
+    difference: float
+    steadiness: float
+
+
+def rank_belief(
+    layer: int, correct: Float[Tensor, "prompt feature"], wrong: Float[Tensor, "prompt feature"], k: int
+) -> list[BeliefCandidate]:
+    """The k features whose paired activation difference is positive most often; equal ones by its steadiness."""
+    separation, by_item = paired_auc(correct, wrong), item_means(correct - wrong)
+    steady, difference = consistency(by_item), by_item.mean(dim=0)
+    contenders = separation.argsort(descending=True, stable=True).tolist()
+    floor = separation[contenders[min(k, len(contenders)) - 1]]
+    found = [
+        BeliefCandidate(layer, f, round(float(separation[f]), 6), float(difference[f]), float(steady[f]))
+        for f in contenders
+        if separation[f] >= floor
+    ]
+    return best_belief(found, k)
+
+
+def best_belief(candidates: Sequence[BeliefCandidate], k: int) -> list[BeliefCandidate]:
+    """The k best candidates of several layers, best first."""
+    return sorted(candidates, key=lambda c: (-c.paired_auc, -c.steadiness, c.layer, c.feature))[:k]
 
 
 def read_belief(

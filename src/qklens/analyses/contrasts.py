@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.data.render import Prompt
+from qklens.data.render import Condition, Prompt
 from qklens.dictionaries.directions import Directions
 
 Role = Literal["need_answer", "correct_answer", "harm_detection", "refuse_redirect"]
@@ -32,22 +32,22 @@ class Readings:
 
     Attributes:
         prompts: per condition, the prompts.
-        values: per condition, one `pos channel` tensor a prompt.
+        read: (condition, prompt, positions) -> the vectors at those tokens.
         open_last: at the last position of the same item's open question, `prompt channel`.
         refusal: at the last position of the item's harmful intent said alone − of its benign intent said alone.
     """
 
-    prompts: dict[str, Sequence[Prompt]]
-    values: dict[str, Sequence[Float[Tensor, "_pos channel"]]]
+    prompts: dict[Condition, Sequence[Prompt]]
+    read: Callable[[Condition, int, Sequence[int]], Float[Tensor, "token channel"]]
     open_last: Float[Tensor, "prompt channel"]
     refusal: Float[Tensor, "prompt channel"]
 
-    def mean(self, condition: str, *spans: str) -> Float[Tensor, "prompt channel"]:
+    def mean(self, condition: Condition, *spans: str) -> Float[Tensor, "prompt channel"]:
         """Mean over the tokens of some spans, one row a prompt."""
         rows = []
-        for prompt, values in zip(self.prompts[condition], self.values[condition], strict=True):
+        for i, prompt in enumerate(self.prompts[condition]):
             positions = [p for name in spans for p in prompt.span(name)]
-            rows.append(values[positions].mean(dim=0))
+            rows.append(self.read(condition, i, positions).mean(dim=0))
         return torch.stack(rows)
 
 
@@ -69,7 +69,8 @@ def contrast_directions(layers: Sequence[int], readings: Callable[[int], Reading
     for layer in layers:
         here = readings(layer)
         vectors[layer] = torch.stack([contrast(here, role).mean(dim=0) for role in ROLES])
-        means[layer] = torch.cat([values for rows in here.values.values() for values in rows]).mean(dim=0)
+        everywhere = [here.read(c, i, range(len(p.tokens))) for c, ps in here.prompts.items() for i, p in enumerate(ps)]
+        means[layer] = torch.cat(everywhere).mean(dim=0)
     return Directions(tuple(ROLES), vectors, means)
 
 

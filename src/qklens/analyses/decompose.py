@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.analyses.interactions import BIAS, ERROR
+from qklens.analyses.lens import BIAS, ERROR
 from qklens.dictionaries.source import FeatureSource, write_parts
 from qklens.errors import QklensError
 from qklens.models.trace import HeadMap, Position, Trace

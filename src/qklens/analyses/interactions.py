@@ -1,287 +1,198 @@
-"""Which pairs of sources make a head look where it looks: exact, signed terms of the attention score.
+"""Which pairs of sources make a head look where it looks: mean signed terms over prompts, in bounded memory.
 
-With the norms' scales at their observed values, the score from query p to key j is the sum over query sources i and key
-sources k of c ⟨q_i(p), k_k(j)⟩. Sources are the dictionary's features, its `bias` (with the projection's own bias) and
-its `error`. For a weighting w of key tokens the term is Σ_j w_j c ⟨q_i, k_k(j)⟩:
+    M[i, k] = Σ_p w_p c ⟨q_i(p), Σ_j w_j k_k(j)⟩
 
-- realised on a span: w = softmax of the scores within the span (the gradient of its logsumexp);
-- contrastive: w(correct) − w(incorrect), in which constants cancel as they do in the softmax;
-- share: w(correct) − the head's whole pattern, the gradient of log attention on the correct option.
-
-All values are in score units (before softmax, after the model's scale); negative lowers attention.
+The table of all pairs is never held: it is kept as the vectors that it is a product of, and walked in blocks of rows.
+Sums over one side (marginals, shares by kind) need no pair at all, because they are products of sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from qklens.analyses.lens import BIAS, ERROR, HeadLens, Sources
+from qklens.analyses.weighting import Weighting
+from qklens.analyses.written import WrittenPrompt
 from qklens.data.render import Prompt
-from qklens.dictionaries.source import FeatureSource, Parts, write_parts
 from qklens.errors import QklensError
-from qklens.models.scores import Rotation, Scales, ScoreMaps, rotation, score_maps
-from qklens.models.subject import Subject
-from qklens.models.trace import HeadMap
 
-BIAS, ERROR = "bias", "error"
-Weighting = Literal["realised", "contrastive", "share"]
-
-
-@dataclass(frozen=True, eq=False)
-class PromptParts:
-    """One prompt's stream at a layer, written by a source.
-
-    Attributes:
-        residual: the stream itself.
-        parts: activations, directions, bias and error at every token.
-        scales: what the norms divided by at every token.
-        turn: the rotations at every token's position.
-    """
-
-    residual: Float[Tensor, "pos d_model"]
-    parts: Parts
-    scales: Scales
-    turn: Rotation
+Side = Literal["query", "key"]
+KINDS = ("feature", BIAS, ERROR)
+_BLOCK_ENTRIES = 1 << 22
+"""Pairs held at a time, in float64."""
 
 
 @dataclass(frozen=True, eq=False)
-class HeadLens:
-    """One head of one model seen through one source.
+class Block:
+    """Some rows of the table: query sources, key sources, and the mean term of every pair of them."""
 
-    Attributes:
-        maps: the layer's linear maps.
-        head: the query head.
-        names: labels of all sources, features first, then `bias` and `error`.
-        query_features: W_Q γ dᵢ.
-        key_features: W_K γ dᵢ.
-    """
-
-    subject: Subject
-    source: FeatureSource
-    maps: ScoreMaps
-    head: int
-    names: tuple[str, ...]
-    query_features: Float[Tensor, "feature d_head"]
-    key_features: Float[Tensor, "feature d_head"]
-
-    @property
-    def layer(self) -> int:
-        """The head's layer."""
-        return self.maps.layer
-
-    def query(self, prompt: PromptParts, position: int) -> Float[Tensor, "source d_head"]:
-        """Head-space vectors of all query sources at a position; their sum is the head's query there."""
-        parts, maps, head = prompt.parts, self.maps, self.head
-        here = prompt.scales.at(position)
-        side = HeadMap(maps.query_side, head, here.sigma, maps.query_rms(here, head), prompt.turn.at(position))
-        features = side.place(parts.activations[position, :, None].to(here.sigma) * self.query_features)
-        return torch.cat([features, side(parts.bias[None]) + side.constant, side(parts.error[position][None])])
-
-    def keys(self, prompt: PromptParts, weights: Float[Tensor, " pos"]) -> Float[Tensor, "source d_head"]:
-        """Head-space vectors of all key sources, summed over tokens with weights."""
-        parts, maps, head = prompt.parts, self.maps, self.head
-        where = weights.nonzero()[:, 0]
-        scales, here = prompt.scales.at(where), prompt.turn.at(where)
-        w, sigma = weights[where].to(scales.sigma) / maps.key_rms(scales, head), scales.sigma
-        # Σ_j w_j a(j)/σ(j) R_j d: the rotations are summed first, one sum a feature; what does not turn sums plainly.
-        spread = (w / sigma)[:, None] * parts.activations[where].to(sigma)
-        turning, still = self.key_features.split(
-            [here.cos.shape[-1], self.key_features.shape[-1] - here.cos.shape[-1]], dim=-1
-        )
-        turned = Rotation(spread.T @ here.cos, spread.T @ here.sin)(turning)
-        features = torch.cat([turned, spread.sum(dim=0)[:, None] * still], dim=-1)
-        bias = here(maps.key(parts.bias, head) / sigma[:, None] + maps.key_constant(head))
-        error = here(maps.key(parts.error[where], head) / sigma[:, None])
-        return torch.cat([features, (w @ bias)[None], (w @ error)[None]])
-
-    def scores(self, prompt: PromptParts, position: int) -> Float[Tensor, " k_pos"]:
-        """The head's scores from a position to every token, as they meet the softmax; −∞ where it does not see."""
-        maps, head = self.maps, self.head
-        query = maps.whole_query(prompt.residual[position], head, prompt.scales.at(position))
-        key = maps.whole_key(prompt.residual, head, prompt.scales)
-        scores = maps.capped(maps.scale * prompt.turn(key) @ prompt.turn.at(position)(query))
-        first, end = maps.visible(position, len(scores))
-        hidden = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-        hidden[first:end] = False
-        return scores.masked_fill(hidden, float("-inf"))
-
-    def pattern(self, scores: Float[Tensor, " k_pos"]) -> Float[Tensor, " k_pos"]:
-        """The head's pattern row from its `scores`."""
-        return self.maps.pattern(scores, self.head)
-
-    def terms(self, prompt: PromptParts, position: int, weights: Float[Tensor, " pos"]) -> Float[Tensor, "query key"]:
-        """All pair terms at a position for a weighting of key tokens; they sum to Σ_j w_j u(p, j)."""
-        return self.maps.scale * self.query(prompt, position) @ self.keys(prompt, weights).T
-
-    def terms_by_token(self, prompt: PromptParts, position: int) -> Float[Tensor, "k_pos query key"]:
-        """Pair terms from a position to every token, for the sources active anywhere in the prompt."""
-        parts, maps, head = prompt.parts, self.maps, self.head
-        sigma, rms = prompt.scales.sigma, maps.key_rms(prompt.scales, head)
-        query = self.query(prompt, position)
-        query = query[query.abs().sum(dim=1) > 0]
-        used = (parts.activations != 0).any(dim=0).nonzero()[:, 0]
-        features = parts.activations[:, used, None] * self.key_features[used] / sigma[:, None, None]
-        bias = maps.key(parts.bias, head) / sigma[:, None] + maps.key_constant(head)
-        error = maps.key(parts.error, head) / sigma[:, None]
-        keys = prompt.turn.between()(torch.cat([features.to(error), bias[:, None], error[:, None]], dim=1))
-        return maps.scale * torch.einsum("qd,tkd->tqk", query, keys / rms[:, None, None])
-
-
-def head_lens(subject: Subject, source: FeatureSource, layer: int, head: int) -> HeadLens:
-    """A lens on one head.
-
-    Raises:
-        QklensError: no such head, or the source does not write this head's input.
-    """
-    subject.check_head(layer, head)
-    if layer not in source.layers:
-        raise QklensError(
-            f"dictionary {source.name!r} does not write resid_pre.{layer}, the input of head L{layer}H{head}; it "
-            f"writes layers {list(source.layers)}"
-        )
-    maps = score_maps(subject, layer)
-    directions = source.directions(layer).to(maps.query_side.weight)
-    return HeadLens(
-        subject=subject,
-        source=source,
-        maps=maps,
-        head=head,
-        names=(*source.labels, BIAS, ERROR),
-        query_features=maps.query(directions, head),
-        key_features=maps.key(directions, head),
-    )
-
-
-def write_prompts(
-    subject: Subject,
-    source: FeatureSource,
-    maps: ScoreMaps,
-    streams: Sequence[dict[int, Float[Tensor, "_pos d_model"]]],
-) -> list[PromptParts]:
-    """Decompose prompts' streams at a layer, all tokens at once; serves all heads of that layer."""
-    device, lengths = maps.query_side.weight.device, [len(stream[maps.layer]) for stream in streams]
-    joined = {
-        layer: torch.cat([s[layer] for s in streams]).to(device) for layer in {maps.layer, *source.reads(maps.layer)}
-    }
-    residual = joined[maps.layer]
-    parts = write_parts(source, maps.layer, lambda layer: joined[layer])
-    scales, turn = maps.scales(residual), rotation(subject, maps.layer, torch.arange(max(lengths)))
-    begins = [sum(lengths[:i]) for i in range(len(lengths))]
-    return [
-        PromptParts(
-            residual[begin : begin + n],
-            Parts(parts.activations[begin : begin + n], parts.directions, parts.bias, parts.error[begin : begin + n]),
-            scales.at(slice(begin, begin + n)),
-            turn.at(slice(n)),
-        )
-        for begin, n in zip(begins, lengths, strict=True)
-    ]
-
-
-def within_span(scores: Float[Tensor, " k_pos"], positions: Sequence[int]) -> Float[Tensor, " k_pos"]:
-    """Softmax of the scores within a span, zero elsewhere: the gradient of the span's logsumexp.
-
-    A span of which the head sees nothing (a sliding window) has no weight.
-
-    Raises:
-        QklensError: the span is empty.
-    """
-    if not positions:
-        raise QklensError("a span without tokens has no score")
-    weights = torch.zeros_like(scores)
-    index = torch.tensor(list(positions), device=scores.device)
-    if bool(scores[index].isfinite().any()):
-        weights[index] = scores[index].softmax(dim=0)
-    return weights
-
-
-def realised_weights(scores: Float[Tensor, " k_pos"], prompt: Prompt) -> Float[Tensor, " k_pos"]:
-    """w(correct)."""
-    return within_span(scores, prompt.span("correct"))
-
-
-def contrast_weights(scores: Float[Tensor, " k_pos"], prompt: Prompt) -> Float[Tensor, " k_pos"]:
-    """w(correct) − w(incorrect)."""
-    return realised_weights(scores, prompt) - within_span(scores, prompt.span("incorrect"))
-
-
-def weights_of(lens: HeadLens, prompt: Prompt, parts: PromptParts, weighting: Weighting) -> Float[Tensor, " k_pos"]:
-    """How much each key token counts for a head at the answer position; `share` is w(correct) − the head's pattern."""
-    scores = lens.scores(parts, prompt.spans["answer"][0])
-    if weighting == "contrastive":
-        return contrast_weights(scores, prompt)
-    realised = realised_weights(scores, prompt)
-    return realised if weighting == "realised" else realised - lens.pattern(scores)
+    query: Int[Tensor, " query"]
+    key: Int[Tensor, " key"]
+    value: Float[Tensor, "query key"]
 
 
 @dataclass(frozen=True, eq=False)
-class PairMeans:
-    """Mean pair terms over prompts, for the sources that were ever active.
+class PairTerms:
+    """The mean pair terms of one head over prompts, held as what they are products of.
 
     Attributes:
-        names: labels of all sources.
-        query: source index of each entry.
-        key: source index of each entry.
-        value: mean term, prompts without the pair counting as zero.
-        total: mean weighted score; the values sum to it.
+        names: labels of all sources; the last two are `bias` and `error`.
+        scale: the model's own score scale c.
+        query: one a prompt.
+        key: one a prompt, summed over key tokens with the weighting.
+        weights: w_p, how much each prompt counts: one over their number, negative where they are taken off.
     """
 
     names: tuple[str, ...]
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
-    total: float
+    scale: float
+    query: tuple[Sources, ...]
+    key: tuple[Sources, ...]
+    weights: tuple[float, ...]
+
+    def minus(self, other: PairTerms) -> PairTerms:
+        """Every term less the other's: harm − none, for example."""
+        return replace(
+            self,
+            query=(*self.query, *other.query),
+            key=(*self.key, *other.key),
+            weights=(*self.weights, *(-w for w in other.weights)),
+        )
+
+    def blocks(self, entries: int = _BLOCK_ENTRIES) -> Iterator[Block]:
+        """The table by blocks of rows, at most `entries` pairs (or one row) at a time, in float64."""
+        rows = torch.cat([q.index for q in self.query]).unique()
+        columns = torch.cat([k.index for k in self.key]).unique()
+        places = [torch.searchsorted(columns, k.index) for k in self.key]
+        for part in rows.split(max(1, entries // len(columns))):
+            value = torch.zeros(len(part), len(columns), dtype=torch.float64, device=part.device)
+            for query, key, place, weight in zip(self.query, self.key, places, self.weights, strict=True):
+                inside = (query.index >= part[0]) & (query.index <= part[-1])
+                row = torch.searchsorted(part, query.index[inside])
+                terms = (weight * self.scale * query.vectors[inside]) @ key.vectors.T
+                value[row[:, None], place] += terms.double()
+            yield Block(part, columns, value)
 
     def top(self, k: int) -> list[tuple[str, str, float]]:
-        """The k most negative and the k most positive pairs, by signed value."""
-        order = np.argsort(self.value, kind="stable")
-        chosen = [i for i in order[:k] if self.value[i] < 0] + [i for i in order[::-1][:k] if self.value[i] > 0]
-        return [(self.names[self.query[i]], self.names[self.key[i]], float(self.value[i])) for i in chosen]
+        """The k most negative and the k most positive pairs, by signed value: exact, over all pairs."""
+        ends = [self._extreme(k, largest) for largest in (False, True)]
+        return [(self.names[q], self.names[key], value) for end in ends for value, q, key in end]
 
     def between(self, query: int, key: int) -> float:
         """The mean term of one pair."""
-        found = self.value[(self.query == query) & (self.key == key)]
-        return float(found.sum())
+        return float(sum(w * v for w, v in zip(self.weights, self.by_prompt([(query, key)])[:, 0], strict=True)))
+
+    def by_prompt(self, pairs: Sequence[tuple[int, int]]) -> Float[Tensor, "prompt pair"]:
+        """The terms of some pairs on each prompt, before the mean."""
+        rows = [
+            [float(self.scale * q.of(i) @ k.of(j)) for i, j in pairs] for q, k in zip(self.query, self.key, strict=True)
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def marginal(self, side: Side) -> Float[Tensor, " source"]:
+        """Each source's sum over all sources of the other side, signed; they sum to `total`. On the CPU, float64."""
+        others = self.key if side == "query" else self.query
+        return self._against(side, [other.vectors.sum(dim=0) for other in others])
+
+    def against(self, side: Side, source: int) -> Float[Tensor, " source"]:
+        """The terms of every source of a side with one source of the other side: a column or a row of the table."""
+        others = self.key if side == "query" else self.query
+        return self._against(side, [other.of(source) for other in others])
+
+    def _against(self, side: Side, others: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros(len(self.names), dtype=torch.float64)
+        mine = self.query if side == "query" else self.key
+        for sources, other, weight in zip(mine, others, self.weights, strict=True):
+            value = weight * self.scale * sources.vectors @ other
+            total.index_add_(0, sources.index.cpu(), value.double().cpu())
+        return total
+
+    @cached_property
+    def _by_kind(self) -> dict[tuple[str, str], float]:
+        sums = {(a, b): 0.0 for a in KINDS for b in KINDS}
+        for query, key, weight in zip(self.query, self.key, self.weights, strict=True):
+            kinds = [torch.stack([v[:-2].sum(dim=0), v[-2], v[-1]]) for v in (query.vectors, key.vectors)]
+            values = (weight * self.scale * kinds[0] @ kinds[1].T).double()
+            for i, a in enumerate(KINDS):
+                for j, b in enumerate(KINDS):
+                    sums[a, b] += float(values[i, j])
+        return sums
+
+    @property
+    def total(self) -> float:
+        """The mean weighted score; all pairs sum to it."""
+        return sum(self._by_kind.values())
 
     def shares(self) -> dict[str, float]:
         """Sums by kind of source, query side first: `feature x bias` and so on; they sum to `total`."""
+        return {f"{a} x {b}": value for (a, b), value in self._by_kind.items()}
+
+    def absolute_shares(self) -> dict[str, float]:
+        """Share of Σ|term| over all pairs, by kind of source as in `shares`; they sum to 1."""
         n = len(self.names) - 2
-        kinds = np.array(["feature"] * n + [BIAS, ERROR])
-        sums = {f"{a} x {b}": 0.0 for a in ("feature", BIAS, ERROR) for b in ("feature", BIAS, ERROR)}
-        for a in ("feature", BIAS, ERROR):
-            for b in ("feature", BIAS, ERROR):
-                inside = (kinds[self.query] == a) & (kinds[self.key] == b)
-                sums[f"{a} x {b}"] = float(self.value[inside].sum())
-        return sums
+        size = {(a, b): 0.0 for a in KINDS for b in KINDS}
+        for block in self.blocks():
+            rows, columns = ((index - n + 1).clamp(min=0) for index in (block.query, block.key))
+            for i, a in enumerate(KINDS):
+                for j, b in enumerate(KINDS):
+                    size[a, b] += float(block.value[rows == i][:, columns == j].abs().sum())
+        whole = max(sum(size.values()), 1e-12)
+        return {f"{a} x {b}": value / whole for (a, b), value in size.items()}
 
     def error_share(self) -> float:
         """Share of Σ|term| with an error on either side."""
-        error = len(self.names) - 1
-        size = np.abs(self.value)
-        touched = (self.query == error) | (self.key == error)
-        return float(size[touched].sum() / max(size.sum(), 1e-12))
+        return sum(share for name, share in self.absolute_shares().items() if ERROR in name)
+
+    def _extreme(self, k: int, largest: bool) -> list[tuple[float, int, int]]:
+        sign = -1.0 if largest else 1.0
+        best: list[tuple[float, int, int]] = []
+        for block in self.blocks():
+            flat = (sign * block.value).flatten()
+            bound = best[-1][0] if len(best) == k else 0.0
+            found = (flat < bound).nonzero()[:, 0]
+            if len(found) > k:
+                found = found[flat[found].topk(k, largest=False).indices]
+            width = len(block.key)
+            best += [(float(flat[i]), int(block.query[i // width]), int(block.key[i % width])) for i in found.tolist()]
+            best = sorted(best)[:k]
+        return [(sign * value, query, key) for value, query, key in best]
 
 
 def mean_terms(
-    lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[PromptParts], weighting: Weighting
-) -> PairMeans:
-    """Mean pair terms at the answer position over prompts."""
-    n = len(lens.names)
-    flat: list[np.ndarray] = []
-    values: list[np.ndarray] = []
+    lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[WrittenPrompt], weighting: Weighting
+) -> PairTerms:
+    """Mean pair terms at the answer position over prompts.
+
+    Raises:
+        QklensError: there is no prompt, or a prompt lacks the weighting's span.
+    """
+    if not prompts:
+        raise QklensError("mean pair terms need at least one prompt")
+    queries, keys = [], []
     for prompt, parts in zip(prompts, written, strict=True):
-        position = prompt.spans["answer"][0]
-        query, key = lens.query(parts, position), lens.keys(parts, weights_of(lens, prompt, parts, weighting))
-        rows, columns = query.abs().sum(dim=1).nonzero()[:, 0], key.abs().sum(dim=1).nonzero()[:, 0]
-        terms = lens.maps.scale * query[rows] @ key[columns].T
-        flat.append((rows[:, None] * n + columns[None]).flatten().cpu().numpy())
-        values.append(terms.double().flatten().cpu().numpy())
-    index, inverse = np.unique(np.concatenate(flat), return_inverse=True)
-    sums = np.bincount(inverse, weights=np.concatenate(values)) / len(prompts)
-    return PairMeans(lens.names, index // n, index % n, sums, float(sums.sum()))
+        queries.append(lens.query(parts, prompt.spans["answer"][0]))
+        keys.append(lens.keys(parts, weighting.weights(lens, prompt, parts)))
+    return PairTerms(lens.names, lens.maps.scale, tuple(queries), tuple(keys), tuple(1 / len(prompts) for _ in prompts))
+
+
+def refuse_silence(terms: PairTerms, lens: HeadLens, weighting: Weighting) -> None:
+    """Raise where no feature is active on one side in any prompt: there are no pairs of features to speak of.
+
+    Raises:
+        QklensError: names the side, the span and the source.
+    """
+    for side, sources, where in (
+        ("query", terms.query, "the answer position"),
+        ("key", terms.key, f"span {' - '.join(weighting.spans())}"),
+    ):
+        if all(len(s.index) == 2 for s in sources):
+            raise QklensError(
+                f"no feature of dictionary {lens.source.name!r} is active at {where} in any of {len(sources)} prompts "
+                f"(layer {lens.layer}, {side} side); choose another span, layer or dictionary"
+            )

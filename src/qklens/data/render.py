@@ -70,13 +70,15 @@ class Prompt:
     letter_ids: tuple[int, int]
     correct_letter: str
 
-    def span(self, name: str) -> tuple[int, ...]:
-        """Positions of a span.
+    def span(self, name: str, parts: Sequence[Part] = PARTS) -> tuple[int, ...]:
+        """Positions of a span; of an option's span, those of some of its parts.
 
         Raises:
             QklensError: the prompt has no such span, or it is empty; names those it has.
         """
         positions = self.spans.get(name, ())
+        if f"{name}.{PARTS[0]}" in self.spans and len(parts) < len(PARTS):
+            positions = tuple(p for part in PARTS if part in parts for p in self.spans[f"{name}.{part}"])
         if not positions:
             have = sorted(key for key, value in self.spans.items() if value and "." not in key)
             raise QklensError(f"span {name!r} is not in this prompt; it has {have}")

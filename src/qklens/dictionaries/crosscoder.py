@@ -10,6 +10,7 @@ a plain SAE. Crosscoders: Lindsey et al. 2024; weakly causal: Kamath et al. 2025
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +85,10 @@ class Crosscoder:
     @property
     def labels(self) -> tuple[str, ...]:
         """`L<reading layer>/<index>`."""
+        return self._labels
+
+    @cached_property
+    def _labels(self) -> tuple[str, ...]:
         return tuple(f"L{layer}/{i}" for layer in self.layers for i in range(self.config.features_per_layer))
 
     def reads(self, layer: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from qklens.analyses.weighting import Kind
 from qklens.strict import Strict
 
 Condition = Literal["none", "harm", "benign"]
@@ -53,6 +54,16 @@ class BeliefCondition(Strict):
     sum_incorrect: float
 
 
+class BeliefFeature(Strict):
+    """A feature that separates the options: chosen on the discovery half under `none`, tested on the other."""
+
+    feature: str
+    layer: int
+    difference: float = Field(description="discovery half: activation on the correct less on the incorrect option")
+    steadiness: float = Field(description="that difference's mean over its standard deviation, over items")
+    by_condition: dict[Condition, BeliefCondition]
+
+
 class Belief(Strict):
     """Does the model still know? The feature is chosen on the discovery half under `none`."""
 
@@ -63,6 +74,7 @@ class Belief(Strict):
     sum_correct: float = Field(description="under harm")
     sum_incorrect: float = Field(description="under harm")
     by_condition: dict[Condition, BeliefCondition]
+    candidates: list[BeliefFeature] = Field(default_factory=list, description="the best eight, best first")
 
 
 class AttendedToken(Strict):
@@ -129,7 +141,7 @@ class InteractionRow(Strict):
     key: str
     condition: Condition
     value: float
-    kind: Literal["realised", "contrastive"]
+    kind: Kind
     query_role: str | None = None
     key_role: str | None = None
 
@@ -140,7 +152,7 @@ class InteractionShare(Strict):
     layer: int
     head: int
     condition: Condition
-    kind: Literal["realised", "contrastive"]
+    kind: Kind
     score: float
     shares: dict[str, float] = Field(description="'feature x feature', 'feature x bias', ..., query side first")
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from qklens.analyses.contrasts import Role
-from qklens.analyses.interactions import BIAS, ERROR, weights_of
+from qklens.analyses.interactions import mean_terms
+from qklens.analyses.lens import BIAS, ERROR
 from qklens.analyses.statistics import bootstrap_mean
+from qklens.analyses.weighting import REALISED
 from qklens.dictionaries.source import feature_index
 from qklens.interventions.steer import Head
 from qklens.studies.harm_pressure.lab import Lab
@@ -23,13 +25,11 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
     for layer, head in heads:
         lens = lab.lens(layer, head)
         for condition in ("harm", "benign"):
+            prompts, written = lab.prompts(condition, "report"), lab.written(condition, "report", layer)
+            means = mean_terms(lens, prompts, written, REALISED)
             by_prompt = []
-            for prompt, parts in zip(
-                lab.prompts(condition, "report"), lab.written(condition, "report", layer), strict=True
-            ):
-                position = prompt.spans["answer"][0]
-                keys = lens.keys(parts, weights_of(lens, prompt, parts, "realised"))
-                terms = (lens.maps.scale * keys @ lens.query(parts, position)[feature]).double().cpu().numpy()
+            for query, keys in zip(means.query, means.key, strict=True):
+                terms = (means.scale * keys.vectors @ query.of(feature)).double().cpu().numpy()
                 by_prompt.append([terms[:-2].sum(), terms[-2], terms[-1]])
             by_item = np.asarray(by_prompt).reshape(-1, 2, 3).mean(axis=1)
             kinds = ("features", BIAS, ERROR)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from qklens.analyses.contrasts import QUERY_ROLES
-from qklens.analyses.interactions import mean_terms, write_prompts
+from qklens.analyses.interactions import mean_terms
+from qklens.analyses.weighting import CONTRASTIVE, REALISED
+from qklens.analyses.written import write_prompts
 from qklens.data.render import CONDITIONS, Prompt
 from qklens.dictionaries.directions import Directions
 from qklens.interventions.engine import Workset
@@ -37,8 +39,8 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None) -> StageOutput:
         lens = lab.lens(layer, head)
         for condition in CONDITIONS:
             written = lab.written(condition, "report", layer)
-            for kind in ("realised", "contrastive"):
-                means = mean_terms(lens, lab.prompts(condition, "report"), written, kind)
+            for weighting in (REALISED, CONTRASTIVE):
+                means = mean_terms(lens, lab.prompts(condition, "report"), written, weighting)
                 error_shares.append(means.error_share())
                 pairs = means.top(TOP_PAIRS)
                 named = {(q, k) for q, k, _ in pairs}
@@ -55,7 +57,7 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None) -> StageOutput:
                         key=k,
                         condition=condition,
                         value=value,
-                        kind=kind,
+                        kind=weighting.kind,
                         query_role=query_roles.get(q),
                         key_role=key_roles.get(k),
                     )
@@ -63,7 +65,12 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None) -> StageOutput:
                 ]
                 shares.append(
                     InteractionShare(
-                        layer=layer, head=head, condition=condition, kind=kind, score=means.total, shares=means.shares()
+                        layer=layer,
+                        head=head,
+                        condition=condition,
+                        kind=weighting.kind,
+                        score=means.total,
+                        shares=means.shares(),
                     )
                 )
     completeness = check_completeness(lab, sum(error_shares) / len(error_shares))
@@ -96,7 +103,7 @@ def check_completeness(lab: Lab, error_share: float) -> Completeness:
             for head in range(subject.n_heads):
                 lens = lab.lens_on(source, layer, head)
                 for prompt, parts, scores in zip(prompts, written, own, strict=True):
-                    total = lens.terms_by_token(parts, prompt.spans["answer"][0]).sum(dim=(1, 2)).cpu()
+                    total = lens.terms_by_token(parts, prompt.spans["answer"][0]).scores(len(prompt.tokens)).cpu()
                     model = scores[layer][head].to(total)
                     worst[layer, head] = max(float(worst[layer, head]), float((total - model).abs().max()))
                     largest[layer, head] = max(float(largest[layer, head]), float(model.abs().max()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qklens.analyses.contrasts import ROLES, Readings, contrast_directions
-from qklens.analyses.interactions import HeadLens, PromptParts, head_lens, write_prompts
+from qklens.analyses.lens import HeadLens, head_lens
 from qklens.analyses.readings import AttentionReading, read_attention, read_streams
+from qklens.analyses.written import WrittenPrompt, write_prompts
 from qklens.data.items import Dataset, Item
 from qklens.data.render import (
     CONDITIONS,
@@ -63,7 +64,7 @@ class Lab:
         self._works: dict[tuple[str, Half], Workset] = {}
         self._attention: dict[tuple[str, Half], AttentionReading] = {}
         self._streams: dict[tuple[str, Half], list[dict[int, Tensor]]] = {}
-        self._written: dict[tuple[str, Half, int], list[PromptParts]] = {}
+        self._written: dict[tuple[str, Half, int], list[WrittenPrompt]] = {}
         self._lenses: dict[tuple[int, int], HeadLens] = {}
 
     def prompts(self, condition: Spoken, half: Half) -> list[Prompt]:
@@ -123,7 +124,7 @@ class Lab:
         self._streams.clear()
         self._written.clear()
 
-    def written(self, condition: Spoken, half: Half, layer: int) -> list[PromptParts]:
+    def written(self, condition: Spoken, half: Half, layer: int) -> list[WrittenPrompt]:
         """The streams at a layer, written by the source."""
         key = (condition, half, layer)
         if key not in self._written:
@@ -146,27 +147,25 @@ class Lab:
         """The source's activations at every token, in decoder-norm units, for the contrasts."""
         norms = self.source.directions(layer).norm(dim=-1)
 
-        def scaled(condition: Spoken) -> list[Tensor]:
-            return [w.parts.activations * norms.to(w.parts.activations) for w in self.written(condition, half, layer)]
+        def read(condition: Spoken, prompt: int, positions: Sequence[int]) -> Tensor:
+            values = self.written(condition, half, layer)[prompt].active.at(positions)
+            return values * norms.to(values)
 
-        return Readings(
-            prompts={c: self.prompts(c, half) for c in CONDITIONS},
-            values={c: scaled(c) for c in CONDITIONS},
-            open_last=_last(scaled("open")),
-            refusal=_last(scaled("open_harm")) - _last(scaled("open_benign")),
-        )
+        return self._readings(half, read)
 
     def residual_readings(self, half: Half, layer: int) -> Readings:
         """The residual stream at every token, for the contrasts."""
+        return self._readings(half, lambda c, i, at: self.streams(c, half, [layer])[i][layer][list(at)])
 
-        def streams(condition: Spoken) -> list[Tensor]:
-            return [s[layer] for s in self.streams(condition, half, [layer])]
+    def _readings(self, half: Half, read: Callable[[Spoken, int, Sequence[int]], Tensor]) -> Readings:
+        def last(condition: Open) -> Tensor:
+            return torch.cat([read(condition, i, [-1]) for i in range(len(self.prompts(condition, half)))])
 
         return Readings(
             prompts={c: self.prompts(c, half) for c in CONDITIONS},
-            values={c: streams(c) for c in CONDITIONS},
-            open_last=_last(streams("open")),
-            refusal=_last(streams("open_harm")) - _last(streams("open_benign")),
+            read=read,
+            open_last=last("open"),
+            refusal=last("open_harm") - last("open_benign"),
         )
 
     def fit_directions(self) -> Directions:
@@ -193,10 +192,6 @@ class Lab:
 def _alone(item: Item, condition: Open) -> str:
     """What an item's user says in an open prompt."""
     return {"open": item.question, "open_harm": item.harmful_intent, "open_benign": item.benign_intent}[condition]
-
-
-def _last(values: Sequence[Tensor]) -> Float[Tensor, "prompt channel"]:
-    return torch.stack([rows[-1] for rows in values])
 
 
 def split_items(items: Sequence[Item], seed: int) -> dict[Half, tuple[Item, ...]]:

@@ -52,7 +52,7 @@ def _row(lab: Lab, heads: Sequence[Head], layer: int, refuse: int, harm: int, na
     readings = {c: lab.attention(c, "report") for c in CONDITIONS}
     right = {c: int((r.margins > 0).sum()) for c, r in readings.items()}
     contrast = [
-        (a.parts.activations[-1, refuse] - b.parts.activations[-1, refuse])
+        (a.active.of(refuse)[-1] - b.active.of(refuse)[-1])
         for a, b in zip(lab.written("harm", "report", layer), lab.written("benign", "report", layer), strict=True)
     ]
     values, scores = [], []

@@ -65,7 +65,7 @@ def _activation_by_set(lab: Lab, layer: int, items: int | None) -> dict[str, tor
     means = {}
     for name, (one, condition) in labs.items():
         rows = [
-            w.parts.activations[list(p.span("intent"))].mean(dim=0)
+            w.active.at(p.span("intent")).mean(dim=0)
             for p, w in zip(one.prompts(condition, "report"), one.written(condition, "report", layer), strict=True)
         ]
         means[name] = torch.stack(rows).mean(dim=0)

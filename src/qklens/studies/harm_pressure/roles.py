@@ -14,7 +14,7 @@ play a role on the query side and another on the key side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role, consistency, contrast, item_means
-from qklens.analyses.interactions import HeadLens, Weighting, weights_of
+from qklens.analyses.interactions import PairTerms, mean_terms
+from qklens.analyses.lens import HeadLens
+from qklens.analyses.weighting import CONTRASTIVE, REALISED, SHARE, Weighting
 from qklens.data.render import Condition
 from qklens.interventions.direction import Direction, feature_direction
 from qklens.interventions.steer import Head, Steer
@@ -48,7 +50,7 @@ def typical_activation(lab: Lab, feature: int, role: Role) -> dict[int, float]:
     result = {}
     for layer in lab.source.layers:
         values = [
-            w.parts.activations[[p for s in spans for p in prompt.span(s)], feature].abs().max()
+            w.active.of(feature)[[p for s in spans for p in prompt.span(s)]].abs().max()
             for prompt, w in zip(
                 lab.prompts(condition, "discovery"), lab.written(condition, "discovery", layer), strict=True
             )
@@ -85,11 +87,14 @@ def find_roles(lab: Lab, heads: Sequence[Head], belief: str | None = None) -> tu
         known = lab.source.labels.index(belief)
         if bool(lab.source.directions(layer)[known].any()):
             chosen["correct_answer"] = known
+    calm = _terms(lab, here, "none", CONTRASTIVE)
     interaction: dict[Role, Tensor] = {
-        "need_answer": _query_effect(lab, here, "none", "contrastive"),
-        "refuse_redirect": _query_effect(lab, here, "harm", "share"),
-        "correct_answer": _key_effect(lab, here, "none", "contrastive", chosen["need_answer"]),
-        "harm_detection": _key_effect(lab, here, "harm", "realised", chosen["refuse_redirect"]),
+        "need_answer": _summed(t.marginal("query") for t in calm),
+        "correct_answer": _summed(t.against("key", chosen["need_answer"]) for t in calm),
+        "refuse_redirect": _summed(t.marginal("query") for t in _terms(lab, here, "harm", SHARE)),
+        "harm_detection": _summed(
+            t.against("key", chosen["refuse_redirect"]) for t in _terms(lab, here, "harm", REALISED)
+        ),
     }
     refusal = item_means(readings.refusal).mean(dim=0)
     table = [
@@ -134,7 +139,7 @@ def top_tokens(lab: Lab, layer: int, feature: int, k: int = 5) -> list[str]:
         for prompt, written in zip(
             lab.prompts(condition, "discovery"), lab.written(condition, "discovery", layer), strict=True
         ):
-            values = written.parts.activations[:, feature]
+            values = written.active.of(feature)
             for position in values.topk(min(3, len(values))).indices.tolist():
                 token = prompt.tokens[position]
                 if values[position] > best.get(token, 0.0):
@@ -143,33 +148,13 @@ def top_tokens(lab: Lab, layer: int, feature: int, k: int = 5) -> list[str]:
     return [str(lab.subject.tokenizer.decode([token])).replace("\n", "\\n") for token in ordered]
 
 
-def _query_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weighting: Weighting) -> Tensor:
-    """Each query source's total term with all keys, mean over prompts, summed over heads."""
-    total = torch.zeros(len(lab.source.labels))
-    prompts = lab.prompts(condition, "discovery")
-    written = lab.written(condition, "discovery", lenses[0].layer)
-    for lens in lenses:
-        for prompt, parts in zip(prompts, written, strict=True):
-            position = prompt.spans["answer"][0]
-            weights = weights_of(lens, prompt, parts, weighting)
-            key = lens.keys(parts, weights).sum(dim=0)
-            total += (lens.maps.scale * lens.query(parts, position)[:-2] @ key).cpu() / len(prompts)
-    return total
+def _summed(rows: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(rows)).sum(dim=0)
 
 
-def _key_effect(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weighting: Weighting, query: int) -> Tensor:
-    """Each key source's term with one query feature, mean over prompts, summed over heads."""
-    total = torch.zeros(len(lab.source.labels))
-    prompts = lab.prompts(condition, "discovery")
+def _terms(lab: Lab, lenses: Sequence[HeadLens], condition: Condition, weighting: Weighting) -> list[PairTerms]:
     written = lab.written(condition, "discovery", lenses[0].layer)
-    for lens in lenses:
-        for prompt, parts in zip(prompts, written, strict=True):
-            position = prompt.spans["answer"][0]
-            weights = weights_of(lens, prompt, parts, weighting)
-            total += (
-                lens.maps.scale * lens.keys(parts, weights)[:-2] @ lens.query(parts, position)[query]
-            ).cpu() / len(prompts)
-    return total
+    return [mean_terms(lens, lab.prompts(condition, "discovery"), written, weighting) for lens in lenses]
 
 
 def _causal_choice(lab: Lab, heads: Sequence[Head], finalists: Sequence[int]) -> int:

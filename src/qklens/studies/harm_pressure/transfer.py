@@ -59,7 +59,7 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str], strength: float
                     margin_ci=bootstrap_mean(margins.double().numpy().reshape(-1, 2).mean(axis=1), lab.seed),
                     n=len(margins),
                     attention_difference=float(torch.stack([difference[:, a, b] for a, b in heads]).mean()),
-                    refuse_activation=float(torch.stack([w.parts.activations[-1, feature] for w in written]).mean()),
+                    refuse_activation=float(torch.stack([w.active.of(feature)[-1] for w in written]).mean()),
                     steered_accuracy=None if steered is None else float((steered > 0).float().mean()),
                     steered_margin=None if steered is None else float(steered.mean()),
                 )

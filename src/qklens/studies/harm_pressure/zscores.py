@@ -90,8 +90,8 @@ def populations(lab: Lab, layer: int) -> tuple[Population, Population]:
             lab.prompts(condition, "report"), lab.written(condition, "report", layer), streams, strict=True
         ):
             positions = [p for name in ("intent", "correct", "incorrect") for p in prompt.spans[name]]
-            answer.append(written.parts.activations[-1:])
-            spans.append(written.parts.activations[positions])
+            answer.append(written.active.at([-1]))
+            spans.append(written.active.at(positions))
             answer_x.append(stream[layer][-1:])
             span_x.append(stream[layer][positions])
     return (

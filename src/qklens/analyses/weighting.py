@@ -1,0 +1,90 @@
+"""How much each key token counts when a head's scores are summed over tokens.
+
+For a weighting w the term of a pair is Σ_j w_j c ⟨q_i(p), k_k(j)⟩:
+
+- realised on a span: w = softmax of the scores within the span (the gradient of its logsumexp);
+- contrastive: w(correct) − w(incorrect), in which constants cancel as they do in the softmax;
+- share: w(span) − the head's whole pattern, the gradient of log attention on the span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qklens.analyses.lens import HeadLens
+from qklens.analyses.written import WrittenPrompt
+from qklens.data.render import PARTS, Part, Prompt
+from qklens.errors import QklensError
+
+Kind = Literal["realised", "contrastive", "share"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Which tokens a score is taken over.
+
+    Attributes:
+        kind: see above.
+        span: the span of `realised` and `share`.
+        parts: which parts of an option's span count.
+    """
+
+    kind: Kind
+    span: str = "correct"
+    parts: tuple[Part, ...] = PARTS
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise QklensError(f"weighting {self.kind!r} is unknown; expected one of {list(KINDS)}")
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or not self.parts:
+            raise QklensError(f"option parts {list(self.parts)}; expected some of {list(PARTS)}")
+
+    def describe(self) -> dict[str, Any]:
+        """As results say it."""
+        span = "correct - incorrect" if self.kind == "contrastive" else self.span
+        return {"kind": self.kind, "span": span, "parts": list(self.parts)}
+
+    def spans(self) -> tuple[str, ...]:
+        """The spans whose tokens it weighs."""
+        return ("correct", "incorrect") if self.kind == "contrastive" else (self.span,)
+
+    def weights(self, lens: HeadLens, prompt: Prompt, written: WrittenPrompt) -> Float[Tensor, " k_pos"]:
+        """The weights w of a head at the answer position of one prompt.
+
+        Raises:
+            QklensError: the prompt has no such span.
+        """
+        scores = lens.scores(written, prompt.spans["answer"][0])
+        if self.kind == "contrastive":
+            correct, incorrect = (within_span(scores, prompt.span(name, self.parts)) for name in self.spans())
+            return correct - incorrect
+        realised = within_span(scores, prompt.span(self.span, self.parts))
+        return realised if self.kind == "realised" else realised - lens.pattern(scores)
+
+
+REALISED, CONTRASTIVE, SHARE = Weighting("realised"), Weighting("contrastive"), Weighting("share")
+
+
+def within_span(scores: Float[Tensor, " k_pos"], positions: Sequence[int]) -> Float[Tensor, " k_pos"]:
+    """Softmax of the scores within a span, zero elsewhere: the gradient of the span's logsumexp.
+
+    A span of which the head sees nothing (a sliding window) has no weight.
+
+    Raises:
+        QklensError: the span is empty.
+    """
+    if not positions:
+        raise QklensError("a span without tokens has no score")
+    weights = torch.zeros_like(scores)
+    index = torch.tensor(list(positions), device=scores.device)
+    if bool(scores[index].isfinite().any()):
+        weights[index] = scores[index].softmax(dim=0)
+    return weights
