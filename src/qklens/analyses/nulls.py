@@ -8,14 +8,16 @@ Negative z: the pair suppresses attention more than pairs of the null do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qklens.analyses.written import WrittenPrompt
 from qklens.errors import QklensError
 from qklens.models.scores import Rotation, ScoreMaps, virtual_interaction
 
@@ -24,6 +26,7 @@ NULLS: tuple[NullName, ...] = get_args(NullName)
 MIN_PAIRS = 30
 SMALL_SOURCE = 32
 _NEIGHBOURS = 64
+_OF_THE_PAIR = ("matched", "fixed_query", "fixed_key")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,82 +90,141 @@ class Population:
 
 
 def population(
-    vectors: Float[Tensor, "feature d_model"],
-    activations: Float[Tensor, "row feature"],
-    residual: Float[Tensor, "row d_model"],
+    vectors: Float[Tensor, "feature d_model"], places: Sequence[tuple[WrittenPrompt, Sequence[int]]]
 ) -> Population:
-    """A population from activations and residuals at one side's tokens."""
-    centred = residual.float() - residual.float().mean(dim=0)
+    """A population from what is active, and how the residual varies, at one side's tokens.
+
+    Args:
+        vectors: the features' directions at the head's input.
+        places: prompts and the tokens of them that belong to this side.
+    """
+    counts = torch.zeros(len(vectors), dtype=torch.long)
+    for written, positions in places:
+        counts += torch.bincount(written.active.features_at(positions).cpu(), minlength=len(vectors))
+    residual = torch.cat([written.residual[list(positions)] for written, positions in places]).float()
+    centred = residual - residual.mean(dim=0)
+    vectors = vectors.to(residual)
+    counts = counts.to(vectors.device)
     return Population(
-        vectors=vectors.float(),
-        frequency=(activations.abs() > 0).float().mean(dim=0),
-        alive=(activations.abs() > 0).any(dim=0) & (vectors.norm(dim=-1) > 0),
-        covariance_root=centred.T / max(len(centred) - 1, 1) ** 0.5,
+        vectors=vectors,
+        frequency=counts / len(residual),
+        alive=(counts > 0) & (vectors.norm(dim=-1) > 0),
+        covariance_root=torch.linalg.qr(centred, mode="r").R.T / max(len(centred) - 1, 1) ** 0.5,
     )
 
 
 @dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of directions to test, with how often each is active on its side.
+
+    Attributes:
+        query: query directions.
+        key: key directions.
+        query_frequency: share of query tokens at which each is active; used by `matched` alone.
+        key_frequency: the same on the key side.
+    """
+
+    query: Float[Tensor, "pair d_model"]
+    key: Float[Tensor, "pair d_model"]
+    query_frequency: Float[Tensor, " pair"]
+    key_frequency: Float[Tensor, " pair"]
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+
+def feature_pairs(queries: Population, keys: Population, index: Sequence[tuple[int, int]]) -> Pairs:
+    """Pairs of features by their indices, query first."""
+    q, k = (torch.tensor([pair[side] for pair in index], device=queries.vectors.device) for side in (0, 1))
+    return Pairs(queries.vectors[q], keys.vectors[k], queries.frequency[q], keys.frequency[k])
+
+
+@dataclass(frozen=True, eq=False)
 class NullTest:
-    """One pair against one null."""
+    """One pair against one null.
+
+    Attributes:
+        null: its name.
+        value: the pair's virtual interaction, score units for unit vectors.
+        z: in standard deviations of the null from its mean.
+        p: empirical, two-sided.
+        draws: the null's interactions.
+        seed: seeds the draws.
+        note: what the reader must know of the null, or nothing.
+    """
 
     null: NullName
     value: float
     z: float
     p: float
-    draws: Float[Tensor, " pair"]
+    draws: Float[Tensor, " draw"]
+    seed: int
     note: str | None
 
 
-def null_test(
+def null_tests(
     null: NullName,
     maps: ScoreMaps,
     head: int,
     turn: Rotation,
     queries: Population,
     keys: Population,
-    pair: tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]],
-    frequencies: tuple[float, float],
+    pairs: Pairs,
     *,
     n: int = 1000,
     seed: int = 0,
-) -> NullTest:
-    """Test one (query direction, key direction) pair against a null.
+) -> list[NullTest]:
+    """Test pairs at one head against a null.
 
     `random_pairs`: random alive features on both sides (the source study's). `matched`: both sides alike in frequency
-    and norm. `fixed_query`, `fixed_key`: that side held. `rotated`: both directions replaced by draws within the
-    residual's covariance at that side's tokens. `random_dictionary`: isotropic directions.
+    and norm. `fixed_query`, `fixed_key`: that side held. `rotated`: both directions turned at random within the
+    residual's covariance at that side's tokens (whitened, rotated, coloured again: for a unit vector the same as a draw
+    from that covariance). `random_dictionary`: isotropic directions. A null that does not depend on the pair is drawn
+    once for all pairs.
 
     Raises:
-        QklensError: an unknown null, fewer than 30 pairs, or a null without spread.
+        QklensError: an unknown null, fewer than 30 draws, or a null without spread.
     """
+    if null not in NULLS:
+        raise QklensError(f"null {null!r} is unknown; expected one of {list(NULLS)}")
     if n < MIN_PAIRS:
         raise QklensError(f"null {null!r} with {n} pairs; expected at least {MIN_PAIRS}")
     generator = torch.Generator().manual_seed(seed)
-    query, key = pair
-    sample: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-        "random_pairs": lambda: (queries.alive_sample(n, generator), keys.alive_sample(n, generator)),
-        "matched": lambda: (
-            queries.matched_sample(query, frequencies[0], n, generator),
-            keys.matched_sample(key, frequencies[1], n, generator),
-        ),
-        "fixed_query": lambda: (query.expand(n, -1), keys.alive_sample(n, generator)),
-        "fixed_key": lambda: (queries.alive_sample(n, generator), key.expand(n, -1)),
-        "rotated": lambda: (queries.from_covariance(n, generator), keys.from_covariance(n, generator)),
-        "random_dictionary": lambda: (_isotropic(query, n, generator), _isotropic(key, n, generator)),
-    }
-    if null not in sample:
-        raise QklensError(f"null {null!r} is unknown; expected one of {list(NULLS)}")
-    draws = virtual_interaction(maps, head, turn, *sample[null]()).cpu()
-    value = float(virtual_interaction(maps, head, turn, query[None], key[None])[0])
-    mean, spread = float(draws.mean()), float(draws.std())
-    if spread == 0:
-        raise QklensError(
-            f"null {null!r} at layer {maps.layer} head {head} has no spread; the head's scores are constant"
-        )
-    extreme = int(((draws - mean).abs() >= abs(value - mean)).sum())
+    values = virtual_interaction(maps, head, turn, pairs.query, pairs.key).cpu()
     small = (queries.is_small or keys.is_small) and null in ("random_pairs", "matched", "fixed_query", "fixed_key")
     note = "the source is small: random directions come from the residual's covariance" if small else None
-    return NullTest(null, value, (value - mean) / spread, (1 + extreme) / (1 + n), draws, note)
+
+    def draw(pair: int) -> Tensor:
+        query, key = pairs.query[pair], pairs.key[pair]
+        sample: dict[NullName, Callable[[], tuple[Tensor, Tensor]]] = {
+            "random_pairs": lambda: (queries.alive_sample(n, generator), keys.alive_sample(n, generator)),
+            "matched": lambda: (
+                queries.matched_sample(query, float(pairs.query_frequency[pair]), n, generator),
+                keys.matched_sample(key, float(pairs.key_frequency[pair]), n, generator),
+            ),
+            "fixed_query": lambda: (query.expand(n, -1), keys.alive_sample(n, generator)),
+            "fixed_key": lambda: (queries.alive_sample(n, generator), key.expand(n, -1)),
+            "rotated": lambda: (queries.from_covariance(n, generator), keys.from_covariance(n, generator)),
+            "random_dictionary": lambda: (_isotropic(query, n, generator), _isotropic(key, n, generator)),
+        }
+        return virtual_interaction(maps, head, turn, *sample[null]()).cpu()
+
+    tests = []
+    for pair, value in enumerate(values.tolist()):
+        draws = tests[0].draws if tests and null not in _OF_THE_PAIR else draw(pair)
+        mean, spread = float(draws.mean()), float(draws.std())
+        if spread == 0:
+            raise QklensError(
+                f"null {null!r} at layer {maps.layer} head {head} has no spread; the head's scores are constant"
+            )
+        extreme = int(((draws - mean).abs() >= abs(value - mean)).sum())
+        tests.append(NullTest(null, value, (value - mean) / spread, (1 + extreme) / (1 + n), draws, seed, note))
+    return tests
+
+
+def seed_for(seed: int, layer: int, head: int, null: NullName) -> int:
+    """A seed of its own for every head and null, so that no two share their draws; recorded with each test."""
+    return int(np.random.SeedSequence([seed, layer, head, NULLS.index(null)]).generate_state(1)[0])
 
 
 def _isotropic(like: Tensor, n: int, generator: torch.Generator) -> Tensor:

@@ -52,6 +52,10 @@ class Active:
         values[self.position[mine]] = self.value[mine]
         return values
 
+    def features_at(self, positions: Sequence[int]) -> Int[Tensor, " entry"]:
+        """The features active at some tokens, once for every token."""
+        return torch.cat([self.feature[self.position == position % self.n_tokens] for position in positions])
+
     def at(self, positions: Sequence[int]) -> Float[Tensor, "token feature"]:
         """All activations at some tokens, counted from either end."""
         whole = self.value.new_zeros(len(positions), self.n_features)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from qklens.errors import QklensError, nearest
 
+_SPELL_CHECKED = 20_000
+"""Labels among which a misspelt one is looked for; in a million it would take a minute."""
 Stream = Callable[[int], Tensor]
 """Gives the residual stream of a layer at the tokens in question, `... d_model`."""
 
@@ -112,12 +114,13 @@ def check_layer(source: FeatureSource, layer: int) -> None:
 
 def feature_index(source: FeatureSource, label: str) -> int:
     """The index of a feature by its label; an unknown label names the nearest known one."""
+    labels = source.labels
     try:
-        return source.labels.index(label)
+        return labels.index(label)
     except ValueError:
         raise QklensError(
-            f"feature {label!r} is not in dictionary {source.name!r}; expected a label like {source.labels[0]!r}"
-            f"{nearest(label, source.labels)}"
+            f"feature {label!r} is not in dictionary {source.name!r}; expected a label from {labels[0]!r} to "
+            f"{labels[-1]!r}{nearest(label, labels) if len(labels) <= _SPELL_CHECKED else ''}"
         ) from None
 
 

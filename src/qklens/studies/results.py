@@ -168,9 +168,11 @@ class ZScore(Strict):
     null: str
     z: float
     p: float
-    q: float
+    q: float = Field(description="Benjamini-Hochberg over all tests of the stage")
     query_role: str
     key_role: str
+    n_draws: int = Field(description="pairs drawn from the null")
+    seed: int = Field(description="seeds those draws; one a head and null")
 
 
 class NullHistogram(Strict):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from qklens.analyses.contrasts import Role
-from qklens.analyses.nulls import null_test
+from qklens.analyses.nulls import feature_pairs, null_tests, seed_for
 from qklens.analyses.statistics import wilson
 from qklens.data.render import CONDITIONS
 from qklens.dictionaries.source import feature_index
@@ -58,17 +58,16 @@ def _row(lab: Lab, heads: Sequence[Head], layer: int, refuse: int, harm: int, na
     values, scores = [], []
     for where, head in heads:
         queries, keys = populations(lab, where)
-        test = null_test(
+        (test,) = null_tests(
             "random_pairs",
             score_maps(lab.subject, where),
             head,
             lab.mean_turn(where),
             queries,
             keys,
-            (queries.vectors[refuse], keys.vectors[harm]),
-            (float(queries.frequency[refuse]), float(keys.frequency[harm])),
+            feature_pairs(queries, keys, [(refuse, harm)]),
             n=N_DRAWS,
-            seed=lab.seed,
+            seed=seed_for(lab.seed, where, head, "random_pairs"),
         )
         values.append(test.value)
         scores.append(test.z)

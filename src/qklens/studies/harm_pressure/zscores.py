@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from qklens.analyses.contrasts import Role
-from qklens.analyses.nulls import NULLS, Population, null_test, population
+from qklens.analyses.nulls import (
+    NULLS,
+    NullTest,
+    Population,
+    feature_pairs,
+    null_tests,
+    population,
+    seed_for,
+)
 from qklens.analyses.statistics import benjamini_hochberg
+from qklens.data.render import CONDITIONS
 from qklens.dictionaries.source import feature_index
 from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps
@@ -30,29 +38,22 @@ _BINS = 40
 def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
     """Test each named pair at each head against each null; q-values run over all tests of the stage."""
     features = {role: feature_index(lab.source, label) for role, label in roles.items()}
+    index = [(features[query], features[key]) for query, key in PAIRS]
     rows: list[ZScore] = []
     histograms: list[NullHistogram] = []
     for layer, head in heads:
         maps = score_maps(lab.subject, layer)
         queries, keys = populations(lab, layer)
+        pairs = feature_pairs(queries, keys, index)
         small = queries.is_small or keys.is_small
         for null in NULLS:
             if null == "rotated" and small:  # there, random pairs are drawn within the covariance already
                 continue
-            for query_role, key_role in PAIRS:
-                q, k = features[query_role], features[key_role]
-                test = null_test(
-                    null,
-                    maps,
-                    head,
-                    lab.mean_turn(layer),
-                    queries,
-                    keys,
-                    (queries.vectors[q], keys.vectors[k]),
-                    (float(queries.frequency[q]), float(keys.frequency[k])),
-                    n=N_DRAWS,
-                    seed=lab.seed,
-                )
+            seed = seed_for(lab.seed, layer, head, null)
+            turn = lab.mean_turn(layer)
+            tests = null_tests(null, maps, head, turn, queries, keys, pairs, n=N_DRAWS, seed=seed)
+            histograms.append(_histogram(layer, head, tests[0]))
+            for (query_role, key_role), test in zip(PAIRS, tests, strict=True):
                 rows.append(
                     ZScore(
                         layer=layer,
@@ -66,10 +67,10 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
                         q=1.0,
                         query_role=query_role,
                         key_role=key_role,
+                        n_draws=N_DRAWS,
+                        seed=seed,
                     )
                 )
-                if (query_role, key_role) == PAIRS[0]:
-                    histograms.append(_histogram(layer, head, test))
     adjusted = benjamini_hochberg([row.p for row in rows])
     rows = [row.model_copy(update={"q": q}) for row, q in zip(rows, adjusted, strict=True)]
     return StageOutput(
@@ -82,25 +83,18 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
 
 def populations(lab: Lab, layer: int) -> tuple[Population, Population]:
     """Query features at the answer position, key features at intent and option tokens, over all conditions."""
-    vectors = lab.source.directions(layer)
-    answer, spans, answer_x, span_x = [], [], [], []
-    for condition in ("none", "harm", "benign"):
-        streams = lab.streams(condition, "report", [layer])
-        for prompt, written, stream in zip(
-            lab.prompts(condition, "report"), lab.written(condition, "report", layer), streams, strict=True
+    answers, spans = [], []
+    for condition in CONDITIONS:
+        for prompt, written in zip(
+            lab.prompts(condition, "report"), lab.written(condition, "report", layer), strict=True
         ):
-            positions = [p for name in ("intent", "correct", "incorrect") for p in prompt.spans[name]]
-            answer.append(written.active.at([-1]))
-            spans.append(written.active.at(positions))
-            answer_x.append(stream[layer][-1:])
-            span_x.append(stream[layer][positions])
-    return (
-        population(vectors, torch.cat(answer), torch.cat(answer_x)),
-        population(vectors, torch.cat(spans), torch.cat(span_x)),
-    )
+            answers.append((written, prompt.spans["answer"]))
+            spans.append((written, [p for name in ("intent", "correct", "incorrect") for p in prompt.spans[name]]))
+    vectors = lab.source.directions(layer)
+    return population(vectors, answers), population(vectors, spans)
 
 
-def _histogram(layer: int, head: int, test) -> NullHistogram:  # noqa: ANN001
+def _histogram(layer: int, head: int, test: NullTest) -> NullHistogram:
     draws = test.draws.double().numpy()
     counts, edges = np.histogram(draws, bins=_BINS)
     return NullHistogram(
