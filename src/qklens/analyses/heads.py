@@ -10,14 +10,15 @@ when their pattern is patched from the same item without pressure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qklens.analyses.readings import AttentionReading
 from qklens.data.render import Prompt
-from qklens.interventions.engine import Workset
+from qklens.interventions.engine import Intervention, Workset
 from qklens.interventions.patch import HeadAblation, PatternPatch, align_rows
 from qklens.interventions.steer import Head
 
@@ -26,13 +27,16 @@ MIN_SCORE = 0.02
 MAX_SELECTED = 8
 
 
-def candidate_heads(reading: AttentionReading) -> list[Head]:
+def candidate_heads(difference: Float[Tensor, "layer head"], letter_logit: Float[Tensor, "layer head"]) -> list[Head]:
     """Heads that attend and copy, by score: at most 12, none below 2% of the best.
 
     Where no head does both, the twelve with the largest attention difference stand in, so that there is a table.
+
+    Args:
+        difference: mean attention on the correct minus the incorrect option, without pressure.
+        letter_logit: mean direct logit attribution to the margin, without pressure.
     """
-    difference = reading.difference.mean(dim=0)
-    score = difference.clamp(min=0) * reading.letter_logit.mean(dim=0).clamp(min=0)
+    score = difference.clamp(min=0) * letter_logit.clamp(min=0)
     floor = MIN_SCORE * float(score.max())
     rank = score if floor > 0 else difference
     n_heads = difference.shape[1]
@@ -66,19 +70,27 @@ def restored_share(patched: Tensor, harmed: Tensor, clean: Tensor) -> float:
     return float(patched.mean() - harmed.mean()) / lost if abs(lost) > 1e-6 else 0.0
 
 
-def select_heads(
-    harm: Workset, clean_margins: Tensor, patch: PatternPatch, ranked: Sequence[Head]
-) -> tuple[list[Head], list[float]]:
-    """The fewest heads, in rank order, whose joint patch restores 90% of what the best such set does.
+def effects_alone(
+    work: Workset, heads: Sequence[Head], edit: Callable[[Head], Intervention], tick: Callable[[], None] = lambda: None
+) -> Float[Tensor, "prompt head"]:
+    """The margin with one head edited less the margin without, for each head by itself; `tick` after each."""
+    clean, columns = work.margins(), []
+    for head in heads:
+        columns.append(work.margins([edit(head)]) - clean)
+        tick()
+    return torch.stack(columns, dim=1)
 
-    Returns:
-        The heads, and the curve of shares restored by the first k heads.
+
+def first_heads(ranked: Sequence[Head]) -> list[tuple[Head, ...]]:
+    """The first one, two, ... of ranked heads, eight at most."""
+    return [tuple(ranked[:k]) for k in range(1, min(MAX_SELECTED, len(ranked)) + 1)]
+
+
+def fewest(curve: Sequence[float]) -> int:
+    """How many of the first heads do 90% of what the best number of them does; one where none does anything.
+
+    Args:
+        curve: the effect of the first k heads together, for k = 1, 2, ...
     """
-    harmed = harm.margins()
-    curve = []
-    for k in range(1, min(MAX_SELECTED, len(ranked)) + 1):
-        rows = {head: patch.rows[head] for head in ranked[:k]}
-        curve.append(restored_share(harm.margins([PatternPatch(rows)]), harmed, clean_margins))
     best = max(curve)
-    enough = next(k for k, share in enumerate(curve, start=1) if share >= 0.9 * best) if best > 0 else 1
-    return list(ranked[:enough]), curve
+    return next(k for k, share in enumerate(curve, start=1) if share >= 0.9 * best) if best > 0 else 1

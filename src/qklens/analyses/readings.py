@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qklens.data.render import PARTS, Part
 from qklens.interventions.engine import Workset, letter_margins
 from qklens.interventions.steer import Head
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import Batch
 from qklens.models.passes import Reads
+from qklens.models.scores import soft_capped
 from qklens.models.subject import Subject
 
+OPTION_PARTS: dict[str, tuple[Part, ...]] = {"all": PARTS, **{part: (part,) for part in PARTS}}
 SPANS = ("correct", "incorrect", "intent", "question", "other")
 
 
@@ -27,6 +30,10 @@ class AttentionReading:
         margins: logit(correct) − logit(incorrect) of each prompt.
         logits: all logits at the answer position.
         mass: attention on each of `SPANS`; sums to 1 over spans.
+        part_difference: attention on each of `OPTION_PARTS` of the correct minus that of the incorrect option; NaN for
+            a part that has no token of its own.
+        score_difference: the QK-score of the same, logsumexp of the scores as they meet the softmax, correct minus
+            incorrect; NaN where the head sees neither.
         letter_logit: direct logit attribution of each head to the margin, through W_O and the final norm at its
             observed scale.
         outputs: head outputs before W_O.
@@ -35,6 +42,8 @@ class AttentionReading:
     margins: Float[Tensor, " prompt"]
     logits: Float[Tensor, "prompt vocab"]
     mass: Float[Tensor, "prompt layer head span"]
+    part_difference: Float[Tensor, "prompt layer head part"]
+    score_difference: Float[Tensor, "prompt layer head part"]
     letter_logit: Float[Tensor, "prompt layer head"]
     outputs: Float[Tensor, "prompt layer head d_head"]
 
@@ -48,17 +57,25 @@ def read_attention(work: Workset) -> AttentionReading:
     """One pass over a workset that reads every head at the answer position."""
     subject, n = work.subject, len(work)
     mass = torch.zeros(n, subject.n_layers, subject.n_heads, len(SPANS))
+    by_part = torch.zeros(2, n, subject.n_layers, subject.n_heads, len(OPTION_PARTS))
     outputs = torch.zeros(n, subject.n_layers, subject.n_heads, subject.d_head)
     final = torch.zeros(n, subject.d_model)
 
+    caps = [subject.family.score_cap(subject.attention(layer)) for layer in range(subject.n_layers)]
+
     def reads(index: Sequence[int], batch: Batch) -> Reads:
         indicator = _span_indicator(work, index, batch)
+        options = _option_indicator(work, index, batch)
+        last = torch.full((len(index), 1), batch.width - 1, device=batch.input_ids.device)
         rows = torch.tensor(index)
 
         def attention(read: AttentionRead) -> None:
             at_answer = read.pattern[:, :, -1].float()
             mass[rows, read.layer] = torch.einsum("bhk,bsk->bhs", at_answer, indicator.to(at_answer.device)).cpu()
             outputs[rows, read.layer] = read.output[:, -1].float().cpu()
+            scores = soft_capped(read.score(columns=last)[:, :, 0], caps[read.layer])
+            for kind, values in enumerate(_option_differences(at_answer, scores, options.to(at_answer.device))):
+                by_part[kind, rows, read.layer] = values.float().cpu()
 
         def stream(residual: Tensor) -> None:
             final[rows] = residual[:, -1].float().cpu()
@@ -67,7 +84,13 @@ def read_attention(work: Workset) -> AttentionReading:
 
     logits = work.logits(reads=reads).float().cpu()
     return AttentionReading(
-        letter_margins(logits, work.prompts), logits, mass, _letter_attribution(work, outputs, final), outputs
+        margins=letter_margins(logits, work.prompts),
+        logits=logits,
+        mass=mass,
+        part_difference=by_part[0],
+        score_difference=by_part[1],
+        letter_logit=_letter_attribution(work, outputs, final),
+        outputs=outputs,
     )
 
 
@@ -120,6 +143,32 @@ def _span_indicator(work: Workset, index: Sequence[int], batch: Batch) -> Float[
                 indicator[row, column, padding + position] = 1.0
                 indicator[row, -1, padding + position] = 0.0
     return indicator.to(batch.input_ids.device)
+
+
+def _option_indicator(work: Workset, index: Sequence[int], batch: Batch) -> Bool[Tensor, "batch option part k_pos"]:
+    """Which columns are each part of the correct and of the incorrect option."""
+    indicator = torch.zeros(len(index), 2, len(OPTION_PARTS), batch.width, dtype=torch.bool)
+    for row, i in enumerate(index):
+        padding = batch.padding(row)
+        for option, name in enumerate(("correct", "incorrect")):
+            for column, parts in enumerate(OPTION_PARTS.values()):
+                positions = [padding + p for part in parts for p in work.prompts[i].spans[f"{name}.{part}"]]
+                indicator[row, option, column, positions] = True
+    return indicator.to(batch.input_ids.device)
+
+
+def _option_differences(
+    pattern: Float[Tensor, "batch head k_pos"],
+    scores: Float[Tensor, "batch head k_pos"],
+    options: Bool[Tensor, "batch option part k_pos"],
+) -> tuple[Float[Tensor, "batch head part"], Float[Tensor, "batch head part"]]:
+    """Correct minus incorrect, by part: attention, and logsumexp of the scores."""
+    absent = ~options.any(dim=-1).all(dim=1)[:, None]
+    mass = torch.einsum("bhk,bopk->bohp", pattern, options.to(pattern))
+    hidden = scores[:, None, :, None].masked_fill(~options[:, :, None], float("-inf")).logsumexp(dim=-1)
+    attention, score = mass[:, 0] - mass[:, 1], hidden[:, 0] - hidden[:, 1]
+    nothing = float("nan")
+    return attention.masked_fill(absent, nothing), score.masked_fill(absent | ~score.isfinite(), nothing)
 
 
 def _letter_attribution(

@@ -33,6 +33,14 @@ def bootstrap_mean(by_item: Array, seed: int) -> Interval:
     return float(low), float(high)
 
 
+def bootstrap_means(by_item: Array, seed: int) -> tuple[Array, Array]:
+    """The same of many columns at once, `item column`: their lower and upper ends."""
+    n = len(by_item)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    low, high = np.quantile(counts @ by_item / n, [0.025, 0.975], axis=0)
+    return low, high
+
+
 def bootstrap_ratio(numerator: Array, denominator: Array, seed: int) -> Interval:
     """Percentile 95% interval of Σ numerator / Σ denominator over items resampled together."""
     draws = np.random.default_rng(seed).integers(0, len(numerator), (RESAMPLES, len(numerator)))

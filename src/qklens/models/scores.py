@@ -22,6 +22,11 @@ from qklens.models.projections import ProjectionSide
 from qklens.models.subject import Subject
 
 
+def soft_capped(u: Float[Tensor, "*any"], cap: float | None) -> Float[Tensor, "*any"]:
+    """S = τ tanh(u / τ), or u where nothing caps it; the −∞ of a key that is not seen stays."""
+    return u if cap is None else torch.where(u.isneginf(), u, cap * torch.tanh(u / cap))
+
+
 @dataclass(frozen=True, eq=False)
 class Rotation:
     """Rotary rotation at given positions, or the mean rotation over several offsets (rotations are linear).
@@ -187,8 +192,8 @@ class ScoreMaps:
         return raw / self.key_rms(at, head)[..., None]
 
     def capped(self, u: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """S = τ tanh(u / τ), or u where nothing caps it; the −∞ of a key that is not seen stays."""
-        return u if self.cap is None else torch.where(u.isneginf(), u, self.cap * torch.tanh(u / self.cap))
+        """Scores as they meet the softmax: see `soft_capped`."""
+        return soft_capped(u, self.cap)
 
     def visible(self, position: int, n_keys: int) -> tuple[int, int]:
         """First and last-plus-one key that the query at a position sees."""

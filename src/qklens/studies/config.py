@@ -1,40 +1,52 @@
-"""What a study is asked to do: one frozen value, written into the manifest and compared on resume."""
+"""What is asked for, as frozen values: what every command opens, and what a study adds to it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from qklens.strict import Strict
 
 SHIPPED_ORGANISM = "organism"
 
 
-class StudyConfig(Strict):
-    """The options of `qklens study`.
+class LabConfig(Strict):
+    """What to look at: a model, a source of features, items.
 
     Attributes:
-        model: a model directory, or `organism`.
-        base_model: the model before post-training, if any.
-        checkpoints: checkpoints between base and model, in order of training.
+        model: a model directory, a GGUF file, a hub id, or `organism[:<checkpoint>]`.
         dictionary: a dictionary directory, `directions`, or None for the model's own default.
         data: a shipped set's name or a file.
-        out: the run directory.
         items: how many items to use (a seeded sample); None is all.
         seed: seeds every draw.
         device: torch device.
         dtype: the model's dtype; analyses use float32 or better.
-        engine: where passes run.
+        roles: features named by a person, by role; all others are found.
     """
 
     model: str = SHIPPED_ORGANISM
-    base_model: str | None = None
-    checkpoints: tuple[str, ...] = ()
     dictionary: str | None = None
     data: str = "harm_pressure"
-    out: Path = Path("runs/harm-pressure")
     items: int | None = None
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    roles: dict[str, str] = Field(default_factory=dict)
+
+
+class StudyConfig(LabConfig):
+    """The options of `qklens study`, written into the manifest and compared on resume.
+
+    Attributes:
+        base_model: the model before post-training, if any.
+        checkpoints: checkpoints between base and model, in order of training.
+        out: the run directory.
+        engine: where passes run.
+    """
+
+    base_model: str | None = None
+    checkpoints: tuple[str, ...] = ()
+    out: Path = Path("runs/harm-pressure")
     engine: Literal["local"] = "local"

@@ -9,7 +9,7 @@ from pathlib import Path
 from qklens.errors import QklensError
 from qklens.files import read_json
 from qklens.models.locate import locate_model
-from qklens.studies.config import SHIPPED_ORGANISM, StudyConfig
+from qklens.studies.config import SHIPPED_ORGANISM, LabConfig, StudyConfig
 
 DIRECTIONS = "directions"
 ORGANISM_FOLDER = "shipped/organism"
@@ -55,7 +55,7 @@ def resolve(config: StudyConfig) -> Resources:
         between = lineage["between"] if config.model == SHIPPED_ORGANISM else []
         names = (lineage["base"], *between) if model.name != lineage["base"] else ()
         checkpoints = [(name, organism_folder() / name) for name in names]
-    return Resources(model, tuple(checkpoints), _dictionary(config))
+    return Resources(model, tuple(checkpoints), dictionary_folder(config))
 
 
 def model_folder(name: str) -> Path:
@@ -71,7 +71,12 @@ def model_folder(name: str) -> Path:
     return locate_model(name)
 
 
-def _dictionary(config: StudyConfig) -> Path | None:
+def dictionary_folder(config: LabConfig) -> Path | None:
+    """The directory of a configuration's dictionary; None for contrast directions.
+
+    Raises:
+        QklensError: no such directory.
+    """
     if config.dictionary == DIRECTIONS:
         return None
     if config.dictionary is not None:

@@ -307,6 +307,7 @@ class RoleCandidate(Strict):
     refusal: float = Field(description="harmful minus benign intent said alone, at the last position, same units")
     interaction: float = Field(description="realised interaction with its partner role at the selected heads")
     chosen: bool
+    named: bool = Field(default=False, description="given its role by a person (--role)")
     layer: int
     top_tokens: list[str]
 

@@ -13,9 +13,10 @@ from qklens.analyses.attended import attended_tokens, place_mass
 from qklens.analyses.heads import (
     candidate_heads,
     clean_pattern_patch,
+    fewest,
+    first_heads,
     mean_ablation,
     restored_share,
-    select_heads,
 )
 from qklens.analyses.readings import SPANS, read_patterns
 from qklens.analyses.statistics import bootstrap_mean, bootstrap_ratio, wilson
@@ -33,17 +34,22 @@ PRESSED: tuple[Literal["harm"], Literal["benign"]] = ("harm", "benign")
 
 def run(lab: Lab) -> StageOutput:
     """Find candidates and select on the discovery half; report every number on the other."""
-    candidates = candidate_heads(lab.attention("none", "discovery"))
+    calm = lab.attention("none", "discovery")
+    candidates = candidate_heads(calm.difference.mean(dim=0), calm.letter_logit.mean(dim=0))
     patch = _patch(lab, "discovery", candidates)
-    harm, clean = lab.work("harm", "discovery"), lab.attention("none", "discovery").margins
+    harm, clean = lab.work("harm", "discovery"), calm.margins
+    harmed = harm.margins()
     lost = clean - lab.attention("harm", "discovery").margins
     low, _ = bootstrap_mean(_items(lost), lab.seed)
     ranked = candidates
     if low > 0:  # without a loss there is nothing to restore, and the ranking by attention and letter stands
-        harmed = harm.margins()
         alone = {h: restored_share(harm.margins([PatternPatch({h: patch.rows[h]})]), harmed, clean) for h in candidates}
         ranked = sorted(candidates, key=lambda h: -alone[h])
-    selected, curve = select_heads(harm, clean, patch, ranked)
+    curve = [
+        restored_share(harm.margins([PatternPatch({h: patch.rows[h] for h in some})]), harmed, clean)
+        for some in first_heads(ranked)
+    ]
+    selected = ranked[: fewest(curve)]
     details = _joint(lab, selected, curve)
     patterns = {c: read_patterns(lab.work(c, "report"), ranked) for c in CONDITIONS}
     rows = [_row(lab, head, {c: patterns[c][head] for c in CONDITIONS}, selected=head in selected) for head in ranked]

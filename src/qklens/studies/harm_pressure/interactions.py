@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -27,9 +27,9 @@ TOP_PAIRS = 12
 _CHECKED_PROMPTS = 4
 
 
-def run(lab: Lab, heads: Sequence[Head], belief: str | None) -> StageOutput:
+def run(lab: Lab, heads: Sequence[Head], belief: str | None, named: Mapping[str, str]) -> StageOutput:
     """Decompose the chosen heads' scores on the report half; check completeness on every head of the model."""
-    roles, candidates = find_roles(lab, heads, belief)
+    roles, candidates = find_roles(lab, heads, belief, named)
     query_roles = {lab.source.labels[f]: role for role, f in roles.chosen.items() if role in QUERY_ROLES}
     key_roles = {lab.source.labels[f]: role for role, f in roles.chosen.items() if role not in QUERY_ROLES}
     rows: list[InteractionRow] = []
@@ -43,11 +43,11 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None) -> StageOutput:
                 means = mean_terms(lens, lab.prompts(condition, "report"), written, weighting)
                 error_shares.append(means.error_share())
                 pairs = means.top(TOP_PAIRS)
-                named = {(q, k) for q, k, _ in pairs}
+                shown = {(q, k) for q, k, _ in pairs}
                 for q in roles.chosen.values():
                     for k in roles.chosen.values():
                         labels = lab.source.labels[q], lab.source.labels[k]
-                        if labels not in named:
+                        if labels not in shown:
                             pairs.append((*labels, means.between(q, k)))
                 rows += [
                     InteractionRow(

@@ -34,7 +34,7 @@ from qklens.interventions.engine import Workset
 from qklens.models.scores import Rotation, offset_rotation, score_maps
 from qklens.models.subject import Subject
 
-Half = Literal["discovery", "report"]
+Half = Literal["discovery", "report", "all"]
 Open = Literal["open", "open_harm", "open_benign"]
 Spoken = Condition | Open
 HALVES: tuple[Half, ...] = ("discovery", "report")
@@ -59,7 +59,7 @@ class Lab:
 
     def __post_init__(self) -> None:
         refuse_special_tokens(self.subject.tokenizer, self.dataset.items)
-        self.halves = split_items(self.dataset.items, self.seed)
+        self.halves = {**split_items(self.dataset.items, self.seed), "all": self.dataset.items}
         self._prompts: dict[tuple[str, Half], list[Prompt]] = {}
         self._works: dict[tuple[str, Half], Workset] = {}
         self._attention: dict[tuple[str, Half], AttentionReading] = {}
@@ -198,21 +198,29 @@ def split_items(items: Sequence[Item], seed: int) -> dict[Half, tuple[Item, ...]
     """Two halves of near-equal size; items with the same two options stay together.
 
     Raises:
-        QklensError: fewer than four items.
+        QklensError: fewer than four items, or all with the same two options.
     """
     if len(items) < MIN_ITEMS:
         raise QklensError(
             f"{len(items)} items; the study needs at least {MIN_ITEMS}, to choose on one half and report on the other"
         )
+    half = fold_items(items, 2, seed)
+    if not half.any():
+        raise QklensError("all items have the same two options; the study needs at least two different pairs")
+    return {
+        name: tuple(item for item, fold in zip(items, half, strict=True) if fold == number)
+        for number, name in enumerate(("report", "discovery"))
+    }
+
+
+def fold_items(items: Sequence[Item], n_folds: int, seed: int) -> np.ndarray:
+    """A fold for each item, of near-equal size; items with the same two options share one."""
     groups: dict[frozenset[str], list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault(frozenset(map(same_form, (item.correct, item.incorrect))), []).append(index)
-    order = np.random.default_rng(seed).permutation(len(groups))
-    blocks = list(groups.values())
-    chosen: dict[Half, list[int]] = {"discovery": [], "report": []}
-    for block in order:
-        smaller: Half = "discovery" if len(chosen["discovery"]) < len(chosen["report"]) else "report"
-        chosen[smaller].extend(blocks[block])
-    if not chosen["discovery"]:
-        raise QklensError("all items have the same two options; the study needs at least two different pairs")
-    return {half: tuple(items[i] for i in sorted(indices)) for half, indices in chosen.items()}
+    blocks, fold, sizes = list(groups.values()), np.zeros(len(items), dtype=int), [0] * n_folds
+    for block in np.random.default_rng(seed).permutation(len(blocks)):
+        smallest = sizes.index(min(sizes))
+        fold[blocks[block]] = smallest
+        sizes[smallest] += len(blocks[block])
+    return fold

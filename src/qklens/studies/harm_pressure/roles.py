@@ -14,8 +14,9 @@ play a role on the query side and another on the key side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,8 @@ from qklens.analyses.interactions import PairTerms, mean_terms
 from qklens.analyses.lens import HeadLens
 from qklens.analyses.weighting import CONTRASTIVE, REALISED, SHARE, Weighting
 from qklens.data.render import Condition
+from qklens.dictionaries.source import FeatureSource, feature_index
+from qklens.errors import QklensError, nearest
 from qklens.interventions.direction import Direction, feature_direction
 from qklens.interventions.steer import Head, Steer
 from qklens.studies.harm_pressure.lab import Lab
@@ -64,15 +67,22 @@ def role_direction(lab: Lab, feature: int, role: Role) -> Direction:
     return feature_direction(lab.source, feature, typical_activation(lab, feature, role))
 
 
-def find_roles(lab: Lab, heads: Sequence[Head], belief: str | None = None) -> tuple[Roles, list[RoleCandidate]]:
+def find_roles(
+    lab: Lab, heads: Sequence[Head], belief: str | None = None, named: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Roles, list[RoleCandidate]]:
     """Choose a feature for each role at the layer of the first head, with the ranked candidates as evidence.
 
     Args:
         lab: the bench.
         heads: the answer-selection heads.
         belief: the belief stage's correct-answer feature.
+        named: features that a person chose, by role; they are taken as they are.
+
+    Raises:
+        QklensError: an unknown role, an unknown feature, or one that does not write the heads' layer.
     """
     layer = heads[0][0]
+    by_person = named_roles(lab.source, layer, named)
     here = [lab.lens(*head) for head in heads if head[0] == layer]
     readings = lab.activation_readings("discovery", layer)
     by_item = {role: item_means(contrast(readings, role)) for role in ROLES}
@@ -80,13 +90,15 @@ def find_roles(lab: Lab, heads: Sequence[Head], belief: str | None = None) -> tu
     ranks["refuse_redirect"] = torch.minimum(ranks["refuse_redirect"], _rank(item_means(readings.refusal)))
     order = {role: _order(lab, role, ranks[role]) for role in ROLES}
     chosen: dict[Role, int] = {role: order[role][0] for role in ROLES}
-    chosen["refuse_redirect"] = _causal_choice(
-        lab, heads, _near_the_top(order["refuse_redirect"], ranks["refuse_redirect"])
-    )
+    if "refuse_redirect" not in by_person:
+        chosen["refuse_redirect"] = _causal_choice(
+            lab, heads, _near_the_top(order["refuse_redirect"], ranks["refuse_redirect"])
+        )
     if belief is not None and "correct_answer" not in lab.source.labels:
         known = lab.source.labels.index(belief)
         if bool(lab.source.directions(layer)[known].any()):
             chosen["correct_answer"] = known
+    chosen |= by_person
     calm = _terms(lab, here, "none", CONTRASTIVE)
     interaction: dict[Role, Tensor] = {
         "need_answer": _summed(t.marginal("query") for t in calm),
@@ -106,6 +118,7 @@ def find_roles(lab: Lab, heads: Sequence[Head], belief: str | None = None) -> tu
             refusal=float(refusal[feature]),
             interaction=float(interaction[name][feature]),
             chosen=feature == chosen[name],
+            named=name in by_person and feature == chosen[name],
             layer=layer,
             top_tokens=top_tokens(lab, layer, feature),
         )
@@ -113,6 +126,26 @@ def find_roles(lab: Lab, heads: Sequence[Head], belief: str | None = None) -> tu
         for feature in dict.fromkeys([chosen[name], *order[name][:_SHOWN]])
     ]
     return Roles(layer, chosen), table
+
+
+def named_roles(source: FeatureSource, layer: int, named: Mapping[str, str]) -> dict[Role, int]:
+    """The features that a person gave roles, checked.
+
+    Raises:
+        QklensError: an unknown role or feature, or a feature that writes nothing at the layer.
+    """
+    found: dict[Role, int] = {}
+    for name, label in named.items():
+        if name not in ROLES:
+            raise QklensError(f"role {name!r} is unknown; expected one of {list(ROLES)}{nearest(name, ROLES)}")
+        role = ROLES[ROLES.index(name)]
+        found[role] = feature_index(source, label)
+        if not bool(source.directions(layer)[found[role]].any()):
+            raise QklensError(
+                f"role {name}: feature {label!r} writes nothing to resid_pre.{layer}, which the answer-selection heads "
+                "read; choose a feature that reads this layer or an earlier one"
+            )
+    return found
 
 
 def _rank(by_item: Float[Tensor, "item feature"]) -> Float[Tensor, " feature"]:

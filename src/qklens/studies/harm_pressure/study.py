@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from qklens.data.items import SHIPPED, Dataset, load_dataset
-from qklens.dictionaries.crosscoder import Fidelity, load_crosscoder
+from qklens.data.items import SHIPPED, load_dataset
+from qklens.dictionaries.crosscoder import Fidelity
 from qklens.dictionaries.source import feature_index
 from qklens.errors import QklensError
 from qklens.files import sha256_files, write_json
@@ -37,10 +35,9 @@ from qklens.studies.harm_pressure import (
     verdict,
     zscores,
 )
-from qklens.studies.harm_pressure.dictionary_fit import check_belongs, measure
-from qklens.studies.harm_pressure.lab import MIN_ITEMS, Lab
+from qklens.studies.harm_pressure.lab import Lab
 from qklens.studies.journal import Journal, StageOutput, check_folder
-from qklens.studies.letters import choose_letter_form
+from qklens.studies.opening import load_source, open_lab, threads_for
 from qklens.studies.progress import StageProgress
 from qklens.studies.resources import Resources, resolve
 from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, HeadsDetails, Results
@@ -137,7 +134,9 @@ STAGES: tuple[Stage, ...] = (
     Stage("behaviour", lambda r: behaviour.run(r.lab)),
     Stage("belief", lambda r: belief.run(r.lab)),
     Stage("heads", lambda r: heads.run(r.lab)),
-    Stage("interactions", lambda r: interactions.run(r.lab, r.heads, r.done["belief"].state["feature"])),
+    Stage(
+        "interactions", lambda r: interactions.run(r.lab, r.heads, r.done["belief"].state["feature"], r.config.roles)
+    ),
     Stage("zscores", lambda r: zscores.run(r.lab, r.pair_heads, r.roles)),
     Stage("steer_all", lambda r: steering.steer_all(r.lab, r.pair_heads, r.roles), needs_solved=True),
     Stage("steer_query", lambda r: steering.steer_query(r.lab, r.pair_heads, r.roles), needs_solved=True),
@@ -161,17 +160,10 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
         QklensError: bad input of any kind; nothing is half-written.
     """
     check_folder(config.out)
-    torch.manual_seed(config.seed)
     resources = resolve(config)
-    dataset = _sample(load_dataset(config.data), config)
-    subject = load_subject(resources.model, device=config.device, dtype=config.dtype)
-    lab = Lab(subject, dataset, choose_letter_form(subject, dataset.items), config.seed)
-    source = None if resources.dictionary is None else load_crosscoder(resources.dictionary, subject.device)
-    fidelity = None
-    if source is not None and resources.dictionary is not None:
-        check_belongs(source, subject, resources.dictionary)
-        with _threads_for(subject):
-            fidelity = measure(lab, source, resources.dictionary)
+    lab = open_lab(config)
+    subject = lab.subject
+    source, fidelity = load_source(lab, resources.dictionary)
     files = {name: inspect_model(path).files for name, path in resources.checkpoints}
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
     hashes[subject.name] = sha256_files(list(inspect_model(resources.model).files))
@@ -180,7 +172,7 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     lab.source = source or lab.fit_directions()
     run = _Run(config, resources, lab, fidelity, {})
     progress = StageProgress(len(STAGES), quiet=quiet)
-    with _threads_for(subject), progress.running():
+    with threads_for(subject), progress.running():
         for stage in STAGES:
             before = kept[stage.name]
             run.done[stage.name] = before or _run_stage(stage, run, journal, progress)
@@ -188,17 +180,6 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     results = _collect(run)
     write_json(config.out / "results.json", results.model_dump(mode="json", by_alias=True))
     return results, journal.manifest
-
-
-@contextmanager
-def _threads_for(subject: Subject) -> Iterator[None]:
-    """One thread for narrow models: their products are too small to share, and a second thread is mostly waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if subject.d_model < _NARROW else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run_stage(stage: Stage, run: _Run, journal: Journal, progress: StageProgress) -> StageOutput:
@@ -215,16 +196,6 @@ def _run_stage(stage: Stage, run: _Run, journal: Journal, progress: StageProgres
 
 def _note(output: StageOutput, before: StageOutput | None) -> str:
     return "done before" if before else f"skipped: {output.skipped}" if output.skipped else ""
-
-
-def _sample(dataset: Dataset, config: StudyConfig) -> Dataset:
-    """A seeded sample of items, in file order."""
-    if config.items is None or config.items >= len(dataset.items):
-        return dataset
-    if config.items < MIN_ITEMS:
-        raise QklensError(f"--items {config.items}: expected at least {MIN_ITEMS}")
-    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(dataset.items))[: config.items])
-    return Dataset(dataset.name, tuple(dataset.items[i] for i in chosen), dataset.sha256)
 
 
 def _manifest(
@@ -244,6 +215,7 @@ def _manifest(
             "base_model": config.base_model,
             "checkpoints": list(config.checkpoints),
             "items": len(lab.dataset.items),
+            "roles": config.roles,
             "seed": config.seed,
             "device": config.device,
             "dtype": config.dtype,

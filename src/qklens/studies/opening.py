@@ -1,0 +1,80 @@
+"""From what a configuration names to a lab that is ready: model, items, letter form, and the source of features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qklens.data.items import Dataset, load_dataset
+from qklens.dictionaries.crosscoder import Crosscoder, Fidelity, load_crosscoder
+from qklens.errors import QklensError
+from qklens.models.loading import load_subject
+from qklens.models.subject import Subject
+from qklens.studies.config import LabConfig
+from qklens.studies.harm_pressure.dictionary_fit import check_belongs, measure
+from qklens.studies.harm_pressure.lab import MIN_ITEMS, Lab
+from qklens.studies.letters import choose_letter_form
+from qklens.studies.resources import dictionary_folder, model_folder
+
+_NARROW = 512
+
+
+def open_lab(config: LabConfig) -> Lab:
+    """Load the model and the items, and choose the letter form; the lab has no source yet.
+
+    Raises:
+        QklensError: bad input of any kind.
+    """
+    torch.manual_seed(config.seed)
+    folder = model_folder(config.model)
+    dataset = _sample(load_dataset(config.data), config)
+    subject = load_subject(folder, device=config.device, dtype=config.dtype)
+    return Lab(subject, dataset, choose_letter_form(subject, dataset.items), config.seed)
+
+
+def load_source(lab: Lab, folder: Path | None) -> tuple[Crosscoder | None, Fidelity | None]:
+    """The dictionary in a folder, checked against the model and measured on the lab's prompts; nothing for none.
+
+    Raises:
+        QklensError: a damaged dictionary, or one of another model, layer or site.
+    """
+    if folder is None:
+        return None, None
+    source = load_crosscoder(folder, lab.subject.device)
+    check_belongs(source, lab.subject, folder)
+    with threads_for(lab.subject):
+        return source, measure(lab, source, folder)
+
+
+def ready_lab(config: LabConfig) -> Lab:
+    """A lab with its source: the configuration's dictionary, or the contrast directions of its items."""
+    folder = dictionary_folder(config)
+    lab = open_lab(config)
+    source, _ = load_source(lab, folder)
+    lab.source = source or lab.fit_directions()
+    return lab
+
+
+@contextmanager
+def threads_for(subject: Subject) -> Iterator[None]:
+    """One thread for narrow models: their products are too small to share, and a second thread is mostly waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if subject.d_model < _NARROW else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _sample(dataset: Dataset, config: LabConfig) -> Dataset:
+    """A seeded sample of items, in file order."""
+    if config.items is None or config.items >= len(dataset.items):
+        return dataset
+    if config.items < MIN_ITEMS:
+        raise QklensError(f"--items {config.items}: expected at least {MIN_ITEMS}")
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(dataset.items))[: config.items])
+    return Dataset(dataset.name, tuple(dataset.items[i] for i in chosen), dataset.sha256)
