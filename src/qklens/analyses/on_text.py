@@ -205,8 +205,8 @@ def in_words(
     What a token's characters mean to a markup language is the printer's to escape.
     """
     parts = [
-        f"L{head[0]}H{head[1]}: on ordinary text {text.active:.0%} of its attention goes to tokens other than the first "
-        f"and its own ({answers.active:.0%} at MCQ answers)"
+        f"L{head[0]}H{head[1]}: on ordinary text {text.active:.0%} of its attention goes to tokens other than the "
+        f"first and its own ({answers.active:.0%} at MCQ answers)"
     ]
     if ratio is not None and interval is not None:
         parts.append(f", and it writes {ratio:.2f} [{interval[0]:.2f}, {interval[1]:.2f}] times as much")
