@@ -90,6 +90,8 @@ def by_hand(subject: Subject, rows: torch.Tensor, tokens: list[int], shown: int 
     batch = left_padded([tokens], 0, CPU)
     reads = look(subject, batch, [0], text_kinds(batch), batch.position_ids >= FIRST_QUERY, {(0, 0): tally})
     reads.residual[0](torch.ones(1, n, subject.d_model))
+    if shown:
+        reads.projected[0, "value"](torch.ones(1, n, subject.d_model))
     pattern = torch.zeros(1, subject.n_heads, n, n)
     pattern[:, 0] = rows
     query, key = torch.zeros(1, subject.n_heads, n, subject.d_head), torch.zeros(1, subject.n_kv_heads, n, 1)
@@ -225,6 +227,16 @@ def test_examples_are_pairs_of_tokens_told_once_with_their_surroundings(tiny_lla
         assert (e.query_token, e.key_token) == (f"{tokens[e.query]},", f"{tokens[e.key]},")
         assert e.query_context[0] == "".join(f"{t}," for t in tokens[max(e.query - 6, 0) : e.query])
         assert e.key_context[1] == "".join(f"{t}," for t in tokens[e.key + 1 : e.key + 7])
+
+
+def test_a_pair_that_fills_the_top_many_times_over_hides_no_other(tiny_llama):
+    """57 times the same two pairs, all stronger than a third; every value has the same norm."""
+    tokens, rows = [1, 9, *([7, 8] * 29)], torch.zeros(60, 60)
+    for p in range(3, 60):
+        rows[p, p - 1], rows[p, 1] = 0.8 + p / 1000, 0.1 - p / 1000
+    tally = by_hand(tiny_llama(), rows, tokens, shown=3)
+    assert [e.tokens for e in tally.examples] == [(8, 7), (7, 8), (8, 9)]
+    assert [(e.query, e.key) for e in tally.examples] == [(59, 58), (58, 57), (3, 1)]
 
 
 def test_how_windows_fall_into_batches_changes_nothing(tiny_llama):
