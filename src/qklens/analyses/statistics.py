@@ -52,6 +52,23 @@ def bootstrap_ratio(numerator: Array, denominator: Array, seed: int) -> Interval
     return float(low), float(high)
 
 
+def bootstrap_ratio_of_means(above: tuple[Array, Array], below: tuple[Array, Array], seed: int) -> Interval:
+    """Percentile 95% interval of one mean over another, for two samples that are resampled apart.
+
+    Args:
+        above: the sum and the count of each unit of the sample on top; its mean is Σ sums / Σ counts.
+        below: likewise for the sample below.
+        seed: of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    means = []
+    for sums, counts in (above, below):
+        draws = generator.integers(0, len(sums), (RESAMPLES, len(sums)))
+        means.append(sums[draws].sum(axis=1) / counts[draws].sum(axis=1))
+    low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
+    return float(low), float(high)
+
+
 def auc(positive: Array, negative: Array) -> float:
     """P(positive > negative) + ½ P(equal), by ranks."""
     result = stats.mannwhitneyu(positive, negative, alternative="greater", method="asymptotic")
