@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,8 @@ from qklens.analyses.heads import (
 from qklens.analyses.readings import SPANS, read_patterns
 from qklens.analyses.statistics import bootstrap_mean, bootstrap_ratio, wilson
 from qklens.data.render import CONDITIONS, Condition, Prompt
+from qklens.dictionaries.source import FeatureSource
+from qklens.errors import QklensError
 from qklens.interventions.patch import PatternPatch
 from qklens.interventions.steer import Head
 from qklens.studies.harm_pressure.lab import Half, Lab
@@ -29,27 +32,13 @@ from qklens.studies.results import AttendedToken, HeadRow, HeadsDetails
 
 N_RANDOM_HEADS = 10
 SHOWN_TOKENS = 5
+MAX_LENS_HEADS = 6
 PRESSED: tuple[Literal["harm"], Literal["benign"]] = ("harm", "benign")
 
 
 def run(lab: Lab) -> StageOutput:
     """Find candidates and select on the discovery half; report every number on the other."""
-    calm = lab.attention("none", "discovery")
-    candidates = candidate_heads(calm.difference.mean(dim=0), calm.letter_logit.mean(dim=0))
-    patch = _patch(lab, "discovery", candidates)
-    harm, clean = lab.work("harm", "discovery"), calm.margins
-    harmed = harm.margins()
-    lost = clean - lab.attention("harm", "discovery").margins
-    low, _ = bootstrap_mean(_items(lost), lab.seed)
-    ranked = candidates
-    if low > 0:  # without a loss there is nothing to restore, and the ranking by attention and letter stands
-        alone = {h: restored_share(harm.margins([PatternPatch({h: patch.rows[h]})]), harmed, clean) for h in candidates}
-        ranked = sorted(candidates, key=lambda h: -alone[h])
-    curve = [
-        restored_share(harm.margins([PatternPatch({h: patch.rows[h] for h in some})]), harmed, clean)
-        for some in first_heads(ranked)
-    ]
-    selected = ranked[: fewest(curve)]
+    selected, ranked, curve = choose_heads(lab)
     details = _joint(lab, selected, curve)
     patterns = {c: read_patterns(lab.work(c, "report"), ranked) for c in CONDITIONS}
     rows = [_row(lab, head, {c: patterns[c][head] for c in CONDITIONS}, selected=head in selected) for head in ranked]
@@ -57,6 +46,42 @@ def run(lab: Lab) -> StageOutput:
         results={"heads": [row.model_dump() for row in rows], "heads_details": details.model_dump()},
         state={"selected": [list(head) for head in selected], "ranked": [list(head) for head in ranked]},
     )
+
+
+def choose_heads(lab: Lab) -> tuple[list[Head], list[Head], list[float]]:
+    """The selected heads, all candidates by rank, and the share restored by the first k of them; discovery half."""
+    calm = lab.attention("none", "discovery")
+    candidates = candidate_heads(calm.difference.mean(dim=0), calm.letter_logit.mean(dim=0))
+    patch = _patch(lab, "discovery", candidates)
+    harm, clean = lab.work("harm", "discovery"), calm.margins
+    harmed = harm.margins()
+
+    def restored(some: Sequence[Head]) -> float:
+        return restored_share(harm.margins([PatternPatch({h: patch.rows[h] for h in some})]), harmed, clean)
+
+    ranked = candidates
+    low, _ = bootstrap_mean(_items(clean - harmed), lab.seed)
+    if low > 0:  # without a loss there is nothing to restore, and the ranking by attention and letter stands
+        alone = {h: restored([h]) for h in candidates}
+        ranked = sorted(candidates, key=lambda h: -alone[h])
+    curve = [restored(some) for some in first_heads(ranked)]
+    return ranked[: fewest(curve)], ranked, curve
+
+
+def heads_to_read(selected: Sequence[Head], ranked: Sequence[Head], source: FeatureSource) -> list[Head]:
+    """The heads to look through: selected ones whose input the source writes, best first, or else the best other.
+
+    Raises:
+        QklensError: the source writes no candidate's input.
+    """
+    written = set(source.layers)
+    chosen = [h for h in selected if h[0] in written] or [h for h in ranked if h[0] in written][:1]
+    if not chosen:
+        raise QklensError(
+            f"dictionary {source.name!r} writes layers {sorted(written)}, the answer-selection heads are in layers "
+            f"{sorted({h[0] for h in ranked})}; choose a dictionary for those layers, or --dictionary directions"
+        )
+    return chosen[:MAX_LENS_HEADS]
 
 
 def _patch(lab: Lab, half: Half, heads: list[Head]) -> PatternPatch:

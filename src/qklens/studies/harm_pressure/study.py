@@ -15,7 +15,6 @@ import numpy as np
 from qklens.data.items import SHIPPED, load_dataset
 from qklens.dictionaries.crosscoder import Fidelity
 from qklens.dictionaries.source import feature_index
-from qklens.errors import QklensError
 from qklens.files import sha256_files, write_json
 from qklens.interventions.steer import Head
 from qklens.models.loading import inspect_model, load_subject
@@ -42,7 +41,6 @@ from qklens.studies.progress import StageProgress
 from qklens.studies.resources import Resources, resolve
 from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, HeadsDetails, Results
 
-MAX_LENS_HEADS = 6
 _NARROW = 512
 
 
@@ -69,17 +67,8 @@ class _Run:
     def heads(self) -> list[Head]:
         """The heads that later stages look through: selected ones whose input the source writes, best first."""
         state = self.done["heads"].state
-        written = set(self.lab.source.layers)
-        selected = [tuple(h) for h in state["selected"] if h[0] in written]
-        ranked = [tuple(h) for h in state["ranked"] if h[0] in written]
-        chosen = (selected or ranked[:1])[:MAX_LENS_HEADS]
-        if not chosen:
-            layers = sorted({h[0] for h in state["ranked"]})
-            raise QklensError(
-                f"dictionary {self.lab.source.name!r} writes layers {sorted(written)}, the answer-selection heads are "
-                f"in layers {layers}; choose a dictionary for those layers, or --dictionary directions"
-            )
-        return chosen
+        selected, ranked = ([tuple(h) for h in state[name]] for name in ("selected", "ranked"))
+        return heads.heads_to_read(selected, ranked, self.lab.source)
 
     @property
     def pair_heads(self) -> list[Head]:

@@ -1,0 +1,299 @@
+"""Which pairs of sources pull heads where: realised pairs by condition and by difference, tested against nulls.
+
+Pairs are ranked on the discovery half of the items and measured on the other, with an interval over items; their
+virtual interaction stands against null distributions beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import Field
+
+from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role
+from qklens.analyses.interactions import PairTerms, Side, mean_terms, refuse_silence
+from qklens.analyses.lens import ERROR, HeadLens
+from qklens.analyses.nulls import NULLS, NullName, NullTest, feature_pairs, null_tests, seed_for
+from qklens.analyses.statistics import Array, benjamini_hochberg, bootstrap_means
+from qklens.analyses.weighting import REALISED, Weighting
+from qklens.data.render import CONDITIONS
+from qklens.errors import QklensError, nearest
+from qklens.interventions.steer import Head
+from qklens.models.scores import score_maps
+from qklens.strict import Strict
+from qklens.studies.harm_pressure.belief import belief_candidates
+from qklens.studies.harm_pressure.lab import HALVES, Half, Lab
+from qklens.studies.harm_pressure.roles import find_roles
+from qklens.studies.harm_pressure.zscores import populations
+from qklens.studies.results import RoleCandidate
+
+READINGS: tuple[str, ...] = ("none", "harm", "benign", "harm-none", "harm-benign")
+CLAIM_NULLS: tuple[NullName, ...] = ("random_pairs", "matched")
+
+
+class Test(Strict):
+    """A pair's virtual interaction against one null."""
+
+    null: str
+    z: float
+    p: float = Field(description="empirical, two-sided")
+    q: float = Field(description="Benjamini-Hochberg over all tests of this table")
+    n_draws: int
+    seed: int
+    note: str | None
+
+
+class Pair(Strict):
+    """One pair of sources."""
+
+    query: str
+    key: str
+    query_role: str | None
+    key_role: str | None
+    value: float = Field(description="mean term, score units, on the half that did not choose it")
+    ci: tuple[float, float] = Field(description="95% bootstrap over items")
+    value_when_chosen: float = Field(description="the same on the half that ranked it")
+    virtual: float | None = Field(description="weights only, unit vectors; null for bias and error")
+    tests: list[Test]
+
+
+class Marginal(Strict):
+    """One source's sum over all sources of the other side, exact."""
+
+    source: str
+    value: float
+
+
+class PairReading(Strict):
+    """One head under one condition, or one difference of two."""
+
+    layer: int
+    head: int
+    reading: str
+    score: float = Field(description="the mean weighted score; all pairs sum to it")
+    by_kind: dict[str, float] = Field(description="sums by kind of source, query side first; they sum to the score")
+    absolute_by_kind: dict[str, float] = Field(description="shares of the sum of |term|; they sum to 1")
+    error_share: float = Field(description="share of the sum of |term| with an error on either side")
+    marginals: dict[Side, list[Marginal]] = Field(description="strongest from both ends, and bias and error always")
+    pairs: list[Pair] = Field(description="most negative first, then most positive, then pairs of named roles")
+
+
+class PairTable(Strict):
+    """The whole of `qklens qk --json`."""
+
+    model: dict[str, Any]
+    dictionary: dict[str, Any]
+    data: dict[str, Any]
+    seed: int
+    weighting: dict[str, Any]
+    heads: list[Head]
+    roles: list[RoleCandidate] = Field(description="ranked candidates with their evidence")
+    readings: list[PairReading]
+
+
+@dataclass(frozen=True)
+class PairRequest:
+    """What to list.
+
+    Attributes:
+        heads: the heads.
+        weighting: over which tokens scores are taken.
+        readings: of `READINGS`.
+        top: how many pairs from either end.
+        nulls: which nulls.
+        draws: pairs drawn from each.
+    """
+
+    heads: tuple[Head, ...]
+    weighting: Weighting = REALISED
+    readings: tuple[str, ...] = READINGS
+    top: int = 10
+    nulls: tuple[NullName, ...] = CLAIM_NULLS
+    draws: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, known in [(r, READINGS) for r in self.readings] + [(n, NULLS) for n in self.nulls]:
+            if name not in known:
+                raise QklensError(f"{name!r} is unknown; expected some of {list(known)}{nearest(name, known)}")
+        if self.top < 1:
+            raise QklensError(f"--top {self.top}: expected at least 1")
+        intent = self.weighting.kind != "contrastive" and self.weighting.span == "intent"
+        if intent and any("none" in reading for reading in self.readings):
+            raise QklensError("span 'intent' is not in the bare question; ask for harm, benign or harm-benign")
+
+
+def pair_table(
+    lab: Lab, request: PairRequest, named: dict[str, str], *, tick: Callable[[int], Callable[[], None]]
+) -> PairTable:
+    """Read the pairs of some heads.
+
+    Args:
+        lab: model, items and source.
+        request: what to list.
+        named: features that a person gave roles.
+        tick: given the number of steps, what to call after each.
+
+    Raises:
+        QklensError: a head that does not exist or whose input the source does not write, a span in which no feature is
+            active, an unknown feature or role.
+    """
+    lenses = [lab.lens(*head) for head in request.heads]
+    step = tick(len(lenses) + 1)
+    belief = belief_candidates(lab)[0].feature
+    roles, candidates = find_roles(lab, request.heads, lab.source.labels[belief], named)
+    step()
+    listed: list[_Listed] = []
+    tests: dict[tuple[Head, int, int], list[NullTest]] = {}
+    for lens in lenses:
+        here = _list_pairs(lab, lens, request, roles.chosen)
+        tests |= _test_pairs(lab, (lens.layer, lens.head), here, request)
+        listed += here
+        step()
+    q_values = iter(benjamini_hochberg([test.p for row in tests.values() for test in row]))
+    tested = {pair: [_test(test, next(q_values), request.draws) for test in row] for pair, row in tests.items()}
+    virtual = {pair: row[0].value for pair, row in tests.items()}
+    return PairTable(
+        model=lab.subject.describe(),
+        dictionary=lab.source.describe(),
+        data={**lab.dataset.describe(), "letter_form": lab.form.name},
+        seed=lab.seed,
+        weighting=request.weighting.describe(),
+        heads=list(request.heads),
+        roles=candidates,
+        readings=[_reading(one, roles.chosen, tested, virtual, request.top) for one in listed],
+    )
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The pairs of one head in one reading: indices, and their values on both halves."""
+
+    head: Head
+    reading: str
+    report: PairTerms
+    pairs: list[tuple[int, int]]
+    chosen: Array
+    value: Array
+    low: Array
+    high: Array
+
+
+def _list_pairs(lab: Lab, lens: HeadLens, request: PairRequest, roles: dict[Role, int]) -> list[_Listed]:
+    terms: dict[tuple[str, Half], PairTerms] = {}
+    for half in HALVES:
+        for c in CONDITIONS:
+            if any(c in reading.split("-") for reading in request.readings):
+                written = lab.written(c, half, lens.layer)
+                terms[c, half] = mean_terms(lens, lab.prompts(c, half), written, request.weighting)
+                refuse_silence(terms[c, half], lens, request.weighting)
+    index = {name: i for i, name in enumerate(lens.names)}
+    named = [(roles[q], roles[k]) for q in QUERY_ROLES for k in ROLES if k not in QUERY_ROLES]
+    found = []
+    for reading in request.readings:
+        first, *rest = reading.split("-")
+        halves = {
+            half: terms[first, half].minus(terms[rest[0], half]) if rest else terms[first, half] for half in HALVES
+        }
+        ranked = [(index[q], index[k]) for q, k, _ in halves["discovery"].top(request.top)]
+        pairs = list(dict.fromkeys([*ranked, *named]))
+        by_half = {
+            half: _by_item(terms[first, half], pairs) - (_by_item(terms[rest[0], half], pairs) if rest else 0.0)
+            for half in HALVES
+        }
+        low, high = bootstrap_means(by_half["report"], lab.seed)
+        found.append(
+            _Listed(
+                (lens.layer, lens.head),
+                reading,
+                halves["report"],
+                pairs,
+                by_half["discovery"].mean(axis=0),
+                by_half["report"].mean(axis=0),
+                low,
+                high,
+            )
+        )
+    return found
+
+
+def _by_item(terms: PairTerms, pairs: Sequence[tuple[int, int]]) -> Array:
+    """Both orders of an item averaged, `item pair`."""
+    return terms.by_prompt(pairs).double().numpy().reshape(-1, 2, len(pairs)).mean(axis=1)
+
+
+def _test_pairs(
+    lab: Lab, head: Head, listed: Sequence[_Listed], request: PairRequest
+) -> dict[tuple[Head, int, int], list[NullTest]]:
+    """Each listed pair of features against each null, once however often it is listed."""
+    queries, keys = populations(lab, head[0])
+    n = len(queries.vectors)
+    pairs = list(dict.fromkeys(pair for one in listed for pair in one.pairs if max(pair) < n))
+    by_null = [
+        null_tests(
+            null,
+            score_maps(lab.subject, head[0]),
+            head[1],
+            lab.mean_turn(head[0]),
+            queries,
+            keys,
+            feature_pairs(queries, keys, pairs),
+            n=request.draws,
+            seed=seed_for(lab.seed, *head, null),
+        )
+        for null in request.nulls
+    ]
+    return {(head, *pair): list(row) for pair, row in zip(pairs, zip(*by_null, strict=True), strict=True)}
+
+
+def _test(test: NullTest, q: float, draws: int) -> Test:
+    return Test(null=test.null, z=test.z, p=test.p, q=q, n_draws=draws, seed=test.seed, note=test.note)
+
+
+def _reading(
+    one: _Listed,
+    roles: dict[Role, int],
+    tested: dict[tuple[Head, int, int], list[Test]],
+    virtual: dict[tuple[Head, int, int], float],
+    top: int,
+) -> PairReading:
+    names = one.report.names
+    role_of: dict[Side, dict[int, str]] = {
+        "query": {f: role for role, f in roles.items() if role in QUERY_ROLES},
+        "key": {f: role for role, f in roles.items() if role not in QUERY_ROLES},
+    }
+    shares = one.report.absolute_shares()
+    return PairReading(
+        layer=one.head[0],
+        head=one.head[1],
+        reading=one.reading,
+        score=one.report.total,
+        by_kind=one.report.shares(),
+        absolute_by_kind=shares,
+        error_share=sum(share for name, share in shares.items() if ERROR in name),
+        marginals={side: _marginals(one.report, side, top) for side in get_args(Side)},
+        pairs=[
+            Pair(
+                query=names[q],
+                key=names[k],
+                query_role=role_of["query"].get(q),
+                key_role=role_of["key"].get(k),
+                value=float(one.value[i]),
+                ci=(float(one.low[i]), float(one.high[i])),
+                value_when_chosen=float(one.chosen[i]),
+                virtual=virtual.get((one.head, q, k)),
+                tests=tested.get((one.head, q, k), []),
+            )
+            for i, (q, k) in enumerate(one.pairs)
+        ],
+    )
+
+
+def _marginals(terms: PairTerms, side: Side, top: int) -> list[Marginal]:
+    """The strongest sources from both ends, then bias and error where they are not among them."""
+    values = terms.marginal(side)
+    order = values.argsort(stable=True).tolist()
+    ends = [i for i in order[:top] if values[i] < 0] + [i for i in order[::-1][:top] if values[i] > 0]
+    rest = [i for i in (len(values) - 2, len(values) - 1) if i not in ends]
+    return [Marginal(source=terms.names[i], value=float(values[i])) for i in [*ends, *rest]]
