@@ -20,7 +20,7 @@ from torch import Tensor
 from qklens.analyses.lens import HeadLens
 from qklens.analyses.written import WrittenPrompt
 from qklens.data.render import PARTS, Part, Prompt
-from qklens.errors import QklensError
+from qklens.errors import QklensError, nearest
 
 Kind = Literal["realised", "contrastive", "share"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -39,13 +39,6 @@ class Weighting:
     kind: Kind
     span: str = "correct"
     parts: tuple[Part, ...] = PARTS
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise QklensError(f"weighting {self.kind!r} is unknown; expected one of {list(KINDS)}")
-        unknown = [part for part in self.parts if part not in PARTS]
-        if unknown or not self.parts:
-            raise QklensError(f"option parts {list(self.parts)}; expected some of {list(PARTS)}")
 
     def describe(self) -> dict[str, Any]:
         """As results say it."""
@@ -68,6 +61,20 @@ class Weighting:
             return correct - incorrect
         realised = within_span(scores, prompt.span(self.span, self.parts))
         return realised if self.kind == "realised" else realised - lens.pattern(scores)
+
+
+def weighting_named(kind: str, span: str, parts: Sequence[str]) -> Weighting:
+    """A weighting from names.
+
+    Raises:
+        QklensError: an unknown kind or part, or no part.
+    """
+    if kind not in KINDS:
+        raise QklensError(f"weighting {kind!r} is unknown; expected one of {list(KINDS)}{nearest(kind, KINDS)}")
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise QklensError(f"option parts {list(parts)}; expected some of {list(PARTS)}")
+    return Weighting(KINDS[KINDS.index(kind)], span, tuple(part for part in PARTS if part in parts))
 
 
 REALISED, CONTRASTIVE, SHARE = Weighting("realised"), Weighting("contrastive"), Weighting("share")

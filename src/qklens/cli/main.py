@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qklens.cli import show
+from qklens.cli import options, show, tables
+from qklens.cli.options import Data, Device, Dictionary, Dtype, Items, Json, Model, Role, Seed
 from qklens.errors import QklensError, nearest
 
 app = typer.Typer(
@@ -21,6 +22,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Items: check a data file.")
 model_app = typer.Typer(no_args_is_help=True, help="Models: check that one is read exactly.")
+app.command()(tables.heads)
+app.command()(tables.qk)
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 
@@ -30,9 +33,6 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _INTERRUPTED = 130
 
 STUDIES = ("harm-pressure",)
-Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps; `auto` spreads over all GPUs.")]
-Dtype = Annotated[str, typer.Option(help="The model's dtype; analyses use float32 or better.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -53,16 +53,15 @@ def _options(
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(help="The study: harm-pressure.")] = "harm-pressure",
-    model: Annotated[
-        str, typer.Option(help="A directory, a .gguf file, owner/name@<commit>, or `organism[:<checkpoint>]`.")
-    ] = "organism",
+    model: Model = "organism",
     base_model: Annotated[str | None, typer.Option(help="The model before post-training.")] = None,
     checkpoint: Annotated[list[str] | None, typer.Option(help="A checkpoint between base and model; repeat.")] = None,
-    dictionary: Annotated[str | None, typer.Option(help="A dictionary directory, or `directions`.")] = None,
-    data: Annotated[str, typer.Option(help="A .jsonl or .csv file, or a shipped set's name.")] = "harm_pressure",
+    dictionary: Dictionary = None,
+    data: Data = "harm_pressure",
     out: Annotated[Path | None, typer.Option(help="Run directory; the same command on it resumes.")] = None,
-    items: Annotated[int | None, typer.Option(help="Use a seeded sample of this many items.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seeds every draw.")] = 0,
+    items: Items = None,
+    role: Role = None,
+    seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     engine: Annotated[str, typer.Option(help="Where passes run: local.")] = "local",
@@ -88,6 +87,7 @@ def study(
         seed=seed,
         device=device,
         dtype=dtype,
+        roles=options.roles(role),
         engine="local",
     )
     results = study_with_report(config, command=" ".join(["qklens", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
-"""Progress on stderr: one bar a stage, and nothing on stdout."""
+"""Progress on stderr: one bar over the stages of a study or the steps of a table, and nothing on stdout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -34,3 +34,22 @@ class StageProgress:
         self._progress.advance(self._task)
         if not self.console.is_terminal:
             self.console.print(f"{stage:13} {note or f'{seconds:.1f} s'}")
+
+
+@contextmanager
+def stepping(description: str) -> Iterator[Callable[[int], Callable[[], None]]]:
+    """One bar for a table under way: called with the number of steps, it gives what to call after each.
+
+    Without a terminal a line at the beginning says what runs.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    if not console.is_terminal:
+        console.print(f"{description} ...")
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+
+        def begin(total: int) -> Callable[[], None]:
+            task = progress.add_task(description, total=total)
+            return lambda: progress.advance(task)
+
+        yield begin

@@ -20,7 +20,7 @@ SPANS = {
     "between": "#eceff1",
 }
 _PLACES = {"template before": "template_before", "template after": "template_after"}
-_DIVERGING = ("#8a5a00", "#d9b56a", "#f6f6f4", "#86bdb8", "#0b6b66")
+DIVERGING = ("#8a5a00", "#d9b56a", "#f6f6f4", "#86bdb8", "#0b6b66")
 _SHOWN = 6
 
 
@@ -70,7 +70,7 @@ def _maps(details: HeadsDetails) -> Drawing | None:
                     "difference:Q",
                     scale={
                         "domain": [-limit, -limit / 2, 0, limit / 2, limit],
-                        "range": list(_DIVERGING),
+                        "range": list(DIVERGING),
                         "interpolate": "rgb",
                     },
                     legend={

@@ -11,7 +11,8 @@ is 90% of the best are chosen; their joint effect is then measured on the fold l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +28,10 @@ from qklens.analyses.heads import (
     first_heads,
     mean_ablation,
 )
+from qklens.analyses.on_text import HeadOnText, heads_on_text
 from qklens.analyses.readings import OPTION_PARTS, read_patterns
 from qklens.analyses.statistics import Array, bootstrap_mean, bootstrap_means, bootstrap_ratio
+from qklens.analyses.text_windows import text_windows
 from qklens.data.render import CONDITIONS, Condition
 from qklens.errors import QklensError
 from qklens.interventions.patch import HeadAblation, PatternPatch
@@ -120,17 +123,28 @@ class _Effects:
         return self._known[key]
 
 
-def head_table(lab: Lab, *, folds: int = FOLDS, tick: Callable[[int], Callable[[], None]]) -> HeadTable:
+def heads_on_file(lab: Lab, heads: Sequence[Head], path: Path) -> list[HeadOnText]:
+    """Some heads on ordinary text, beside what they do at the answers of the bare questions."""
+    items = np.repeat(np.arange(len(lab.dataset.items)), 2).tolist()
+    return heads_on_text(lab.work("none", "all"), path, heads, items=items, seed=lab.seed)
+
+
+def head_table(
+    lab: Lab, *, folds: int = FOLDS, text: Path | None = None, tick: Callable[[int], Callable[[], None]]
+) -> HeadTable:
     """Measure every head and choose with cross-validation over items.
 
     Args:
         lab: model and items; needs no source.
         folds: how many.
+        text: ordinary text to check the chosen heads on.
         tick: given the number of steps, what to call after each.
 
     Raises:
         QklensError: fewer folds than two, or more than groups of items.
     """
+    if text is not None:
+        text_windows(lab.subject, text)  # a file that cannot be used is refused before the work
     n_layers, n_heads = lab.subject.n_layers, lab.subject.n_heads
     fold = fold_items(lab.dataset.items, folds, lab.seed) if folds > 1 else np.zeros(0)
     if folds < 2 or len(np.unique(fold)) < folds:
@@ -146,6 +160,7 @@ def head_table(lab: Lab, *, folds: int = FOLDS, tick: Callable[[int], Callable[[
     chosen_in = {h: sum(h in row.heads for row in held) for h in every}
     rows = [_row(lab, h, i, patch, ablation, chosen_in[h]) for i, h in enumerate(every)]
     effect: Callable[[HeadCandidate], float] = lambda r: r.patch_gain if by_patch else r.ablation_drop  # noqa: E731
+    chosen = [h for h in every if chosen_in[h]]
     share, interval = _pooled(lab, ranking, fold, held)
     return HeadTable(
         model=lab.subject.describe(),
@@ -157,6 +172,7 @@ def head_table(lab: Lab, *, folds: int = FOLDS, tick: Callable[[int], Callable[[
         held_out_share=share,
         held_out_ci=interval,
         heads=sorted(rows, key=lambda r: (-r.chosen_in, -effect(r))),
+        text=[] if text is None else [asdict(row) for row in heads_on_file(lab, chosen, text)],
     )
 
 

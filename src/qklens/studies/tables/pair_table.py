@@ -15,7 +15,7 @@ from pydantic import Field
 from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role
 from qklens.analyses.interactions import PairTerms, Side, mean_terms, refuse_silence
 from qklens.analyses.lens import ERROR, HeadLens
-from qklens.analyses.nulls import NULLS, NullName, NullTest, feature_pairs, null_tests, seed_for
+from qklens.analyses.nulls import MIN_PAIRS, NULLS, NullName, NullTest, feature_pairs, null_tests, seed_for
 from qklens.analyses.statistics import Array, benjamini_hochberg, bootstrap_means
 from qklens.analyses.weighting import REALISED, Weighting
 from qklens.data.render import CONDITIONS
@@ -24,6 +24,7 @@ from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps
 from qklens.strict import Strict
 from qklens.studies.harm_pressure.belief import belief_candidates
+from qklens.studies.harm_pressure.heads import choose_heads, heads_to_read
 from qklens.studies.harm_pressure.lab import HALVES, Half, Lab
 from qklens.studies.harm_pressure.roles import find_roles
 from qklens.studies.harm_pressure.zscores import populations
@@ -98,7 +99,7 @@ class PairRequest:
     """What to list.
 
     Attributes:
-        heads: the heads.
+        heads: the heads; none means the answer-selection heads of the lab's items.
         weighting: over which tokens scores are taken.
         readings: of `READINGS`.
         top: how many pairs from either end.
@@ -106,19 +107,39 @@ class PairRequest:
         draws: pairs drawn from each.
     """
 
-    heads: tuple[Head, ...]
+    heads: tuple[Head, ...] = ()
     weighting: Weighting = REALISED
     readings: tuple[str, ...] = READINGS
     top: int = 10
     nulls: tuple[NullName, ...] = CLAIM_NULLS
     draws: int = 1000
 
+    @classmethod
+    def parse(
+        cls,
+        *,
+        readings: Sequence[str],
+        nulls: Sequence[str],
+        **rest: Any,  # noqa: ANN401
+    ) -> PairRequest:
+        """A request with readings and nulls by name; `all` stands for every null.
+
+        Raises:
+            QklensError: an unknown reading or null, or none.
+        """
+        for option, names, known in (("--reading", readings, READINGS), ("--nulls", nulls, (*NULLS, "all"))):
+            strange = next((name for name in names if name not in known), None)
+            if strange is not None or not names:
+                hint = nearest(strange, known) if strange else ""
+                raise QklensError(f"{option} {strange or ''!r}: expected some of {list(known)}{hint}")
+        tested: tuple[NullName, ...] = tuple(null for null in NULLS if null in nulls or "all" in nulls)
+        return cls(readings=tuple(dict.fromkeys(readings)), nulls=tested, **rest)
+
     def __post_init__(self) -> None:
-        for name, known in [(r, READINGS) for r in self.readings] + [(n, NULLS) for n in self.nulls]:
-            if name not in known:
-                raise QklensError(f"{name!r} is unknown; expected some of {list(known)}{nearest(name, known)}")
         if self.top < 1:
             raise QklensError(f"--top {self.top}: expected at least 1")
+        if self.draws < MIN_PAIRS:
+            raise QklensError(f"--draws {self.draws}: a null needs at least {MIN_PAIRS} pairs")
         intent = self.weighting.kind != "contrastive" and self.weighting.span == "intent"
         if intent and any("none" in reading for reading in self.readings):
             raise QklensError("span 'intent' is not in the bare question; ask for harm, benign or harm-benign")
@@ -139,10 +160,11 @@ def pair_table(
         QklensError: a head that does not exist or whose input the source does not write, a span in which no feature is
             active, an unknown feature or role.
     """
-    lenses = [lab.lens(*head) for head in request.heads]
+    heads = request.heads or tuple(heads_to_read(*choose_heads(lab)[:2], lab.source))
+    lenses = [lab.lens(*head) for head in heads]
     step = tick(len(lenses) + 1)
     belief = belief_candidates(lab)[0].feature
-    roles, candidates = find_roles(lab, request.heads, lab.source.labels[belief], named)
+    roles, candidates = find_roles(lab, heads, lab.source.labels[belief], named)
     step()
     listed: list[_Listed] = []
     tests: dict[tuple[Head, int, int], list[NullTest]] = {}
@@ -160,7 +182,7 @@ def pair_table(
         data={**lab.dataset.describe(), "letter_form": lab.form.name},
         seed=lab.seed,
         weighting=request.weighting.describe(),
-        heads=list(request.heads),
+        heads=list(heads),
         roles=candidates,
         readings=[_reading(one, roles.chosen, tested, virtual, request.top) for one in listed],
     )

@@ -1,0 +1,184 @@
+"""Tables on the terminal: plain columns that any width and any pipe keeps readable; tokens are drawn as one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qklens.report.text import printable
+
+if TYPE_CHECKING:
+    from qklens.analyses.on_text import HeadOnText
+    from qklens.studies.tables.head_table import HeadTable
+    from qklens.studies.tables.pair_table import Pair, PairReading, PairTable
+
+_MISSING = "-"
+
+
+def heads(table: HeadTable, top: int, figure: Path | None) -> None:
+    """The first heads by cross-validation and effect, and what the chosen ones do on items left out."""
+    by_patch = table.ranked_by == "patch_gain"
+    margins = ", ".join(f"{c} {m:+.2f}" for c, m in table.margin.items())
+    lines = [f"{table.model['name']}: {len(table.heads)} heads, {table.data['n_items']} items; margins {margins}", ""]
+    lines += _columns(
+        (
+            "head",
+            "attends",
+            "letter",
+            "content",
+            "boundary",
+            "harm",
+            "QK-score",
+            "copies",
+            "ablated",
+            "patched",
+            "folds",
+        ),
+        [
+            (
+                f"L{r.layer}H{r.head}",
+                _signed(r.attention_difference["none"]),
+                *(_signed(r.attention_difference_by_part[part]) for part in ("letter", "content", "boundary")),
+                _signed(r.attention_difference["harm"]),
+                _signed(r.score_difference["all"]),
+                _signed(r.letter_logit),
+                _signed(-r.ablation_drop),
+                _signed(r.patch_gain),
+                f"{r.chosen_in}/{len(table.folds)}",
+            )
+            for r in table.heads[:top]
+        ],
+    )
+    low, high = table.held_out_ci
+    what = (
+        "their clean patterns win back {share} of the margin lost under harm"
+        if by_patch
+        else "nothing is lost under harm; ablating them takes {share} of the margin without it"
+    )
+    share = f"{100 * table.held_out_share:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
+    lines += [
+        "",
+        "attends: attention on the correct - incorrect option, its parts, and the same under harm. QK-score: of scores.",
+        "copies: logits written towards the correct letter. ablated, and patched (under harm, with its pattern from the",
+        "bare question): change of the margin in logits. folds: in how many it is chosen when that part is left out.",
+        f"on items left out: {what.format(share=share)}",
+    ]
+    lines += [f"map: {figure}"] if figure else []
+    _write(lines + ([""] + [printable(row["words"]) for row in table.text] if table.text else []))
+
+
+def on_text(rows: Sequence[HeadOnText]) -> None:
+    """Heads on ordinary text beside MCQ answers."""
+    lines: list[str] = []
+    for row in rows:
+        lines += [printable(row.words)]
+        kinds = ", ".join(f"{kind} {100 * share:.0f}%" for kind, share in row.text.share.items() if share >= 0.005)
+        lines += [f"  attends on text to: {kinds}"]
+        lines += [f"  at answers to: {', '.join(f'{k} {100 * s:.0f}%' for k, s in row.answers.share.items())}"]
+        for e in row.text.examples[:5]:
+            before, after = e.query_context
+            query = printable(f"{before}[{e.query_token}]{after}")
+            lines += [f"  {e.attention:.2f}  {query}  <-  {printable(e.key_token)}"]
+        if row.text.unknown > 0.05:
+            lines += [f"  note: {100 * row.text.unknown:.0f}% of the text's words are unknown to the tokenizer"]
+    _write(lines)
+
+
+def pairs(table: PairTable) -> None:
+    """The roles with their runners-up, then every reading of every head."""
+    how = table.weighting
+    lines = [
+        f"{table.model['name']} through {table.dictionary['name']}: {how['kind']} terms over {how['span']} "
+        f"({', '.join(how['parts'])}), ranked on {table.data['n_items'] // 2} items, measured on the others",
+        "",
+        *_columns(
+            ("role", "feature", "contrast", "steadiness", "interaction", "tokens"),
+            [
+                (
+                    r.role if r.chosen else "",
+                    f"{r.feature}{' (named)' if r.named else ''}",
+                    _signed(r.contrast),
+                    _signed(r.steadiness),
+                    _signed(r.interaction),
+                    printable(" ".join(r.top_tokens)),
+                )
+                for role in dict.fromkeys(r.role for r in table.roles)
+                for r in [c for c in table.roles if c.role == role][:3]
+            ],
+            left=(0, 1, 5),
+        ),
+    ]
+    for reading in table.readings:
+        lines += ["", *_reading(reading)]
+    lines += [
+        "",
+        "value [95% over items]: mean term in score units, negative lowers attention. z, q: the pair's virtual",
+        "interaction against each null; q is Benjamini-Hochberg over this table. Another feature for a role: --role.",
+    ]
+    _write(lines)
+
+
+def _reading(reading: PairReading) -> list[str]:
+    sums = ", ".join(
+        f"{side} {', '.join(f'{printable(m.source)} {m.value:+.2f}' for m in reading.marginals[side][:3])}"
+        for side in ("query", "key")
+    )
+    nulls = list(dict.fromkeys(t.null for p in reading.pairs for t in p.tests))
+    return [
+        f"L{reading.layer}H{reading.head} {reading.reading}: score {reading.score:+.3f}; errors on either side "
+        f"{100 * reading.error_share:.0f}% of all |terms|; strongest sums: {sums}",
+        *_columns(
+            ("query", "key", "value", "95%", *(part for null in nulls for part in (f"z {null}", "q"))),
+            [
+                (
+                    _source(p.query, p.query_role),
+                    _source(p.key, p.key_role),
+                    f"{p.value:+.4f}",
+                    _ci(p),
+                    *_tests(p, nulls),
+                )
+                for p in reading.pairs
+            ],
+            left=(0, 1),
+        ),
+    ]
+
+
+def _tests(pair: Pair, nulls: Sequence[str]) -> list[str]:
+    by_null = {test.null: test for test in pair.tests}
+    shown = []
+    for null in nulls:
+        test = by_null.get(null)
+        shown += [f"{test.z:+.1f}", f"{test.q:.3f}"] if test else [_MISSING, _MISSING]
+    return shown
+
+
+def _ci(pair: Pair) -> str:
+    return f"[{pair.ci[0]:+.4f}, {pair.ci[1]:+.4f}]"
+
+
+def _source(name: str, role: str | None) -> str:
+    return printable(f"{name} {role}" if role and role != name else name)
+
+
+def _signed(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:+.2f}"
+
+
+def _columns(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Aligned columns, numbers to the right."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
+
+def _write(lines: Iterable[str]) -> None:
+    sys.stdout.write("\n".join(lines) + "\n")

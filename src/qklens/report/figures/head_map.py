@@ -1,0 +1,90 @@
+"""Layer x head maps of a head table: attending, scoring, copying and mattering, one map each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import altair as alt
+from altair.utils.schemapi import debug_mode
+
+from qklens.errors import QklensError
+from qklens.files import atomic_write
+from qklens.report.figures import style
+from qklens.report.figures.heads import DIVERGING
+from qklens.report.figures.render import to_svg
+from qklens.report.figures.style import Drawing
+from qklens.report.text import finite
+from qklens.studies.tables.head_table import HeadCandidate, HeadTable
+
+MAPS: dict[str, Callable[[HeadCandidate], float | None]] = {
+    "attends: correct \u2212 incorrect": lambda r: r.attention_difference["none"],
+    "attends under harm": lambda r: r.attention_difference["harm"],
+    "QK-score: correct \u2212 incorrect": lambda r: r.score_difference["all"],
+    "copies: logits to the letter": lambda r: r.letter_logit,
+    "ablated: margin lost": lambda r: r.ablation_drop,
+    "clean pattern under harm: margin won": lambda r: r.patch_gain,
+}
+
+
+def head_map(table: HeadTable) -> Drawing:
+    """Six maps, each with its own scale around zero; heads chosen in any fold are outlined."""
+    panels = [_map(table, title, value) for title, value in MAPS.items()]
+    rows = [alt.hconcat(*panels[i : i + 2], spacing=40) for i in range(0, len(panels), 2)]
+    return style.finish(
+        alt.vconcat(*rows, spacing=26).resolve_scale(color="independent"),
+        "Which heads attend to the answer, which copy it, and which matter?",
+        f"{table.model['name']}, {table.data['n_items']} items. Outlined: heads chosen when part of the items is left "
+        "out.",
+    )
+
+
+def write_head_map(table: HeadTable, path: Path) -> None:
+    """The maps as one SVG file.
+
+    Raises:
+        QklensError: the name does not end in .svg, or the file cannot be written.
+    """
+    if path.suffix != ".svg":
+        raise QklensError(f"--figure {path}: expected a name that ends in .svg")
+    with debug_mode(False):
+        atomic_write(path, to_svg(head_map(table), "heads"))
+
+
+def _map(table: HeadTable, title: str, value: Callable[[HeadCandidate], float | None]) -> Drawing:
+    rows = [{"layer": r.layer, "head": r.head, "value": value(r)} for r in table.heads]
+    limit = max([abs(v) for row in rows if finite(v := row["value"]) and v is not None] or [1e-9])
+    n_layers = max(r.layer for r in table.heads) + 1
+    n_heads = max(r.head for r in table.heads) + 1
+    x = alt.X("head:O", title="head", axis={"labelAngle": 0, "labelOverlap": True})
+    y = alt.Y("layer:O", title="layer", sort="descending", axis={"labelOverlap": True})
+    cells = (
+        style.chart(rows)
+        .mark_rect(stroke=style.PAPER, strokeWidth=0.6)
+        .encode(
+            x=x,
+            y=y,
+            color=alt.Color(
+                "value:Q",
+                scale={
+                    "domain": [-limit, -limit / 2, 0, limit / 2, limit],
+                    "range": list(DIVERGING),
+                    "interpolate": "rgb",
+                },
+                legend={
+                    "title": None,
+                    "gradientLength": 150,
+                    "gradientThickness": 8,
+                    "format": "+.2~g",
+                    "values": [-limit, 0, limit],
+                },
+            ),
+        )
+    )
+    chosen = [{"layer": r.layer, "head": r.head} for r in table.heads if r.chosen_in]
+    outline = style.chart(chosen).mark_rect(fillOpacity=0, stroke=style.INK, strokeWidth=2).encode(x=x, y=y)
+    return alt.layer(cells, outline).properties(
+        width=min(300.0, max(26.0 * n_heads, 180.0)),
+        height=max(6.0, min(24.0, 260 / n_layers)) * n_layers,
+        title=style.heading(title),
+    )
