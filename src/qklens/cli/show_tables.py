@@ -60,9 +60,9 @@ def heads(table: HeadTable, top: int, figure: Path | None) -> None:
     share = f"{100 * table.held_out_share:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
     lines += [
         "",
-        "attends: attention on the correct - incorrect option, its parts, and the same under harm. QK-score: of scores.",
-        "copies: logits written towards the correct letter. ablated, and patched (under harm, with its pattern from the",
-        "bare question): change of the margin in logits. folds: in how many it is chosen when that part is left out.",
+        "attends: attention on the correct - incorrect option, its parts, and the same under harm. QK-score: of",
+        "scores. copies: logits written towards the correct letter. ablated, patched (under harm, its pattern from",
+        "the bare question): change of the margin in logits. folds: in how many it is chosen when that part is left out.",
         f"on items left out: {what.format(share=share)}",
     ]
     lines += [f"map: {figure}"] if figure else []
