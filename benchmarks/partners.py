@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from qklens import load_subject
 from qklens.analyses.partners import _TILE, rank_partners
@@ -108,14 +109,63 @@ def write_dictionary(folder: Path, n_features: int, d_model: int, dtype: str) ->
 
 
 def stream(folder: Path, cold: bool) -> None:
-    """Rank a dictionary on disk against its product in the same process, and print times and memory as JSON."""
-    readers = torch.load(folder / "readers.pt", weights_only=True)
+    """Rank a dictionary on disk, and print seconds of wall, of the computing thread and of all threads, and MiB."""
+    readers = load_file(folder / "readers.safetensors")["readers"]
     file = open_decoder(folder)
     descriptor = os.open(file.path, os.O_RDONLY)
     if cold:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
     wall, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
     rank_partners(file.blocks(file.layers), [readers], K)
     spent = [time.perf_counter() - wall, time.thread_time() - thread, time.process_time() - process]
     memory = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(json.dumps([*spent, *(int(memory[key].split()[0]) / 1024 for key in ("VmHWM", "RssAnon"))]))
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--features", type=int, default=1 << 16)
+    parser.add_argument("--stream", type=int, default=1 << 20)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="where the dictionary of the stream is written and deleted")
+    parser.add_argument("--one", choices=["cold", "warm"], help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    if chosen.one:
+        stream(chosen.folder, chosen.one == "cold")
+        return
+    readers = readers_of(chosen.model)
+    n_heads, d_model = readers.shape
+    raw = torch.randn(chosen.features, d_model, generator=torch.Generator().manual_seed(2))
+    units = unit_directions(raw)
+    print(f"{chosen.features} features, {n_heads} heads, d_model {d_model}, k {K}, one thread, {chosen.rounds} rounds")
+    runs = product(units.rows, readers) | {
+        "ranking, unit directions": lambda: rank_partners([[units]], [readers], K),
+        "ranking, scaling included": lambda: rank_partners([[unit_directions(raw)]], [readers], K),
+        "one matmul and topk, one end": lambda: (units.rows @ readers.T).topk(K, dim=0),
+    }
+    times = best(runs, chosen.rounds)
+    table(times, 2 * chosen.features * n_heads * d_model)
+    rate = [chosen.features / min(times[name][i] for name in times if name.startswith("product")) for i in (0, 1)]
+    del raw, units, runs
+    print(f"\n{chosen.stream} features from disk; the product of as many at the rate above is the share's 100%")
+    heading = f"{'':20}{'wall s':>8}{'share':>7}{'thread s':>10}{'share':>7}{'all threads s':>15}"
+    print(f"{heading}{'VmHWM MiB':>11}{'RssAnon MiB':>13}")
+    for dtype in STORED:
+        with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
+            write_dictionary(Path(folder), chosen.stream, d_model, dtype)
+            save_file({"readers": readers}, Path(folder) / "readers.safetensors")
+            for how in ("cold", "warm"):
+                command = [sys.executable, "-m", "benchmarks.partners", "--one", how, "--folder", folder]
+                printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
+                wall, thread, everything, peak, allocated = json.loads(printed)
+                shares = [chosen.stream / rate[i] / spent for i, spent in enumerate((wall, thread))]
+                row = f"{f'{dtype}, {how} cache':20}{wall:8.2f}{shares[0]:7.0%}{thread:10.2f}{shares[1]:7.0%}"
+                print(f"{row}{everything:15.2f}{peak:11.0f}{allocated:13.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

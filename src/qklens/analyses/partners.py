@@ -2,9 +2,7 @@
 
 With one side held, the interaction of a head is linear in the other side's unit direction: ⟨d̂, r⟩, r the head's
 `virtual_reader`. All heads that read one layer's directions, and the mean over heads, are then one product
-`head d_model` × `d_model feature`, made in tiles that stay in cache while their extremes are read off. A feature among
-a column's first k lies in one of the k runs of features with the largest extremes, or in a run that equals the last
-of them: only those runs are looked into.
+`head d_model` × `d_model feature`, made in tiles that stay in cache while their extremes are read off.
 """
 
 from __future__ import annotations

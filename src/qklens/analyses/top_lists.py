@@ -1,8 +1,8 @@
 """Exact top lists and moments of many columns at once, from values that come in stretches and are not kept.
 
-A column's stretch is cut into runs of 64 values. Each of its first k values lies in one of the k runs with the largest
-extremes, or in a run that equals the last of these; and from the second stretch on, in a run that beats the k-th value
-so far. Only such runs are looked into: of 65,536 values of a column, about 5% for k = 50.
+A stretch is cut into runs of 64 values. In the first, a column's first k values lie in the k runs with the largest
+extremes, or in a run that equals the last of these; later, in a run that beats the k-th value so far. Only such runs
+are looked into. Of n values in any order about k ln(n / k) ever beat the k-th so far.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ class TopList:
         """Take what belongs to the first k; of equal values those of lower index stay, so later ones must be larger."""
         n_columns, _, n_runs = extremes.shape
         best = extremes.reshape(n_columns, -1) * self._sign
-        least = best.new_full((n_columns,), -torch.inf)
         if self._value.shape[1] == self._k:
-            least = self._value[:, -1]
-        least = least.nextafter(least.new_full((), torch.inf))
-        if best.shape[1] >= self._k:
-            least = torch.maximum(least, best.topk(self._k, sorted=False).values.amin(1))
+            least = self._value[:, -1].nextafter(best.new_full((), torch.inf))
+        elif best.shape[1] >= self._k:
+            least = best.topk(self._k, sorted=False).values.amin(1)
+        else:
+            least = best.new_full((n_columns,), -torch.inf)
         hit = _where(best >= least[:, None])
         column, run = hit // best.shape[1], hit % best.shape[1]
         memory = (run // n_runs * tiles.shape[1] + column) * n_runs + run % n_runs
