@@ -22,7 +22,7 @@ Block = Sequence[UnitDirections]
 """The same features in every group of heads: one member a group."""
 
 _TILE, _STRETCH = 1 << 11, 1 << 14
-"""Features: 512 × 270 interactions stay in a core's L2 cache, 2¹⁴ × 270 in L3."""
+"""Features whose interactions with hundreds of heads stay in a core's cache, and in the cache that cores share."""
 _ON_DEVICE = 1 << 17
 
 
