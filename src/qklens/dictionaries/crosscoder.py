@@ -142,7 +142,7 @@ def save_crosscoder(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype = t
     for layer in crosscoder.layers:
         tensors[f"encoder.{layer}"] = crosscoder.encoder[layer]
         tensors[f"encoder_bias.{layer}"] = crosscoder.encoder_bias[layer]
-        tensors[f"decoder.{layer}"] = crosscoder.decoder[layer][: _written(crosscoder.config, layer)]
+        tensors[f"decoder.{layer}"] = crosscoder.decoder[layer][: n_written(crosscoder.config, layer)]
         tensors[f"decoder_bias.{layer}"] = crosscoder.decoder_bias[layer]
     stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     for name, tensor in stored.items():
@@ -158,12 +158,7 @@ def load_crosscoder(folder: Path, device: torch.device | str = "cpu") -> Crossco
     Raises:
         QklensError: a missing or damaged file, an unknown config key, a missing tensor or a wrong shape.
     """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise QklensError(
-                f"{folder / name}: no such file; expected a dictionary written by qklens, or 'directions'"
-            )
-    config = _config(folder / CONFIG_FILE)
+    config = read_config(folder)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
@@ -185,7 +180,7 @@ def load_crosscoder(folder: Path, device: torch.device | str = "cpu") -> Crossco
     group, width = config.features_per_layer, config.d_model
     decoder = {}
     for layer in config.layers:
-        written = _written(config, layer)
+        written = n_written(config, layer)
         decoder[layer] = torch.cat(
             [take(f"decoder.{layer}", written, width), torch.zeros(total - written, width, device=device)]
         )
@@ -199,12 +194,23 @@ def load_crosscoder(folder: Path, device: torch.device | str = "cpu") -> Crossco
     )
 
 
-def _written(config: CrosscoderConfig, layer: int) -> int:
+def n_written(config: CrosscoderConfig, layer: int) -> int:
     """How many features write a layer: those that read it or an earlier one."""
     return (config.layers.index(layer) + 1) * config.features_per_layer
 
 
-def _config(path: Path) -> CrosscoderConfig:
+def read_config(folder: Path) -> CrosscoderConfig:
+    """The configuration of a dictionary directory, which holds both files.
+
+    Raises:
+        QklensError: a missing file, or a key that is unknown, missing or wrong.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise QklensError(
+                f"{folder / name}: no such file; expected a dictionary written by qklens, or 'directions'"
+            )
+    path = folder / CONFIG_FILE
     content = read_json(path)
     try:
         config = CrosscoderConfig.model_validate(content)

@@ -12,6 +12,7 @@ cap and the softmax and after the model's own scale c; a negative term lowers at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -54,6 +55,13 @@ class Rotation:
     def at(self, *index: int | slice | Tensor) -> Rotation:
         """The rotations at some positions."""
         return Rotation(self.cos[index], self.sin[index])
+
+    def transposed(self) -> Rotation:
+        """Rᵀ, with ⟨R q, k⟩ = ⟨q, Rᵀ k⟩: Rᵀ v = v ⊙ cos − swap(v ⊙ sin), where swap(v) = (−second half, first half).
+
+        swap(v ⊙ sin) is swap(v) ⊙ sin with halves of sin exchanged. A mean of rotations is none, so Rᵀ is not R⁻¹.
+        """
+        return Rotation(self.cos, -self.sin.roll(self.sin.shape[-1] // 2, dims=-1))
 
     def between(self) -> Rotation:
         """The same rotations with an axis for heads or sources before the last."""
@@ -101,6 +109,11 @@ class SideMaps:
         """γ ⊙ W γ C x for one head: linear in the source."""
         projected = vectors.to(self.weight.dtype) @ self.weight[head].T
         return projected if self.gain is None else projected * self.gain[head]
+
+    def adjoint(self, vectors: Float[Tensor, "*any d_head"], head: int) -> Float[Tensor, "*any d_model"]:
+        """The transpose of `source`, C γ Wᵀ (γ ⊙ v) for one head: ⟨source(x), v⟩ is ⟨x, this⟩."""
+        gained = vectors if self.gain is None else vectors * self.gain[head]
+        return gained @ self.weight[head]
 
     def constant(self, head: int) -> Float[Tensor, " d_head"]:
         """The bias's own vector in head space."""
@@ -281,3 +294,23 @@ def virtual_interaction(
     unit_query = torch.nn.functional.normalize(query.to(maps.query_side.weight.dtype), dim=-1)
     unit_key = torch.nn.functional.normalize(key.to(maps.key_side.weight.dtype), dim=-1)
     return maps.scale * (turn(maps.query(unit_query, head)) * maps.key(unit_key, head)).sum(dim=-1)
+
+
+def virtual_reader(
+    maps: ScoreMaps, head: int, turn: Rotation, fixed: Float[Tensor, " d_model"], side: Literal["query", "key"]
+) -> Float[Tensor, " d_model"]:
+    """The vector r in the stream with virtual interaction ⟨d̂, r⟩ for every unit direction d̂ on the other side.
+
+    Held as a query q̂: r = c W̃_Kᵀ R̄ W̃_Q q̂. Held as a key k̂: r = c W̃_Qᵀ R̄ᵀ W̃_K k̂. W̃ holds all gains of its side.
+
+    Args:
+        maps: the layer's maps.
+        head: the query head; under grouped queries it reads the key head κ(head).
+        turn: rotation between query and key, or its mean over offsets.
+        fixed: the direction held; its length does not matter.
+        side: where `fixed` is held.
+    """
+    unit = torch.nn.functional.normalize(fixed.to(maps.query_side.weight.dtype), dim=-1)
+    if side == "query":
+        return maps.scale * maps.key_side.adjoint(turn(maps.query(unit, head)), maps.kv_head(head))
+    return maps.scale * maps.query_side.adjoint(turn.transposed()(maps.key(unit, head)), head)
