@@ -62,7 +62,7 @@ def heads(table: HeadTable, top: int, figure: Path | None) -> None:
         "",
         "attends: attention on the correct - incorrect option, its parts, and the same under harm. QK-score: of",
         "scores. copies: logits written towards the correct letter. ablated, patched (under harm, its pattern from",
-        "the bare question): change of the margin in logits. folds: in how many it is chosen when that part is left out.",
+        "the bare question): change of the margin in logits. folds: in how many it is chosen, one part left out each.",
         f"on items left out: {what.format(share=share)}",
     ]
     lines += [f"map: {figure}"] if figure else []
