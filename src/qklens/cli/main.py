@@ -24,6 +24,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Items: check a data file.")
 model_app = typer.Typer(no_args_is_help=True, help="Models: check that one is read exactly.")
 app.command()(tables.heads)
 app.command()(tables.qk)
+app.command()(tables.partners)
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 

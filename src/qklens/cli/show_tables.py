@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from qklens.analyses.on_text import HeadOnText
     from qklens.studies.tables.head_table import HeadTable
     from qklens.studies.tables.pair_table import Pair, PairReading, PairTable
+    from qklens.studies.tables.partner_table import PartnerRow, PartnerTable
 
 _MISSING = "-"
 
@@ -118,6 +120,41 @@ def pairs(table: PairTable) -> None:
         "interaction against each null; q is Benjamini-Hochberg over this table. Another feature for a role: --role.",
     ]
     _write(lines)
+
+
+def partners(table: PartnerTable) -> None:
+    """Both ends of the mean over heads, and of each head where there are few."""
+    other = "keys" if table.side == "query" else "queries"
+    lines = [
+        f"{table.model['name']} through {table.dictionary}: {table.n_features} features as {other} of "
+        f"{printable(table.feature)}; offsets: {table.offsets}"
+    ]
+    shown = (
+        table.columns[-1:]
+        if len(table.columns) > 4
+        else table.columns[:1]
+        if len(table.columns) == 2
+        else table.columns
+    )
+    for column in shown:
+        of = f"mean over {len(table.columns) - 1} heads" if column.head == "mean" else column.head
+        lines += [
+            "",
+            f"{of}: {column.n} features, mean {column.mean:+.4f}, sd {_MISSING if column.sd is None else f'{column.sd:.4f}'}",
+            *_columns(
+                ("pushed away", "value", "z", "drawn in", "value", "z"),
+                [(*_partner(low), *_partner(high)) for low, high in zip_longest(column.lowest, column.highest)],
+                left=(0, 3),
+            ),
+        ]
+    lines += ["", "value: virtual interaction of unit vectors; z: its place among all features. --json has every head."]
+    _write(lines)
+
+
+def _partner(row: PartnerRow | None) -> tuple[str, str, str]:
+    if row is None:
+        return "", "", ""
+    return printable(row.feature), f"{row.value:+.4f}", _MISSING if row.z is None else f"{row.z:+.1f}"
 
 
 def _reading(reading: PairReading) -> list[str]:

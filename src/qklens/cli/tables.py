@@ -106,3 +106,46 @@ def qk(
         show.as_json(table.model_dump(mode="json"))
     else:
         show_tables.pairs(table)
+
+
+def partners(
+    feature: Annotated[str, typer.Option(help="A feature's label, as L2/271, or a role, as refuse_redirect.")],
+    side: Annotated[str, typer.Option(help="Where it is held: query or key; the other side is ranked.")] = "query",
+    heads: Heads = None,
+    every: Annotated[
+        bool, typer.Option("--all-heads", help="All heads of the layers that the feature writes.")
+    ] = False,
+    top: Annotated[int, typer.Option(help="Features from either end.")] = 50,
+    offset: Annotated[int | None, typer.Option(help="Distance from query to key; else those of the data.")] = None,
+    model: Model = "organism",
+    dictionary: Dictionary = None,
+    data: Data = "harm_pressure",
+    items: Items = None,
+    role: Role = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Who else does a feature draw in or push away? Every feature of the dictionary, ranked from both ends.
+
+    Without --heads the answer-selection heads are found first. The dictionary is read from disk block by block.
+    """
+    from qklens.studies.config import LabConfig
+    from qklens.studies.progress import stepping
+    from qklens.studies.tables.partner_table import PartnerRequest, partner_table
+
+    named = options.heads(heads)
+    if named and every:
+        raise QklensError("--heads and --all-heads contradict each other; give one")
+    request = PartnerRequest.parse(feature=feature, side=side, heads=named, every=every, top=top, offset=offset)
+    config = LabConfig(
+        model=model, dictionary=dictionary, data=data, items=items, seed=seed, device=device, dtype=dtype,
+        roles=options.roles(role),
+    )  # fmt: skip
+    with stepping("partners"):
+        table = partner_table(config, request)
+    if as_json:
+        show.as_json(table.model_dump(mode="json"))
+    else:
+        show_tables.partners(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -79,6 +80,21 @@ class DecoderFile:
         """`L<reading layer>/<index>`, as `Crosscoder.labels` has it."""
         reader, index = divmod(self._checked(feature), self.config.features_per_layer)
         return f"L{self.layers[reader]}/{index}"
+
+    def find(self, label: str) -> int:
+        """The index of a label.
+
+        Raises:
+            QklensError: no such feature; names the range.
+        """
+        match = re.fullmatch(r"L(\d{1,9})/(\d{1,12})", label)
+        reader, index = (int(match[1]), int(match[2])) if match else (-1, -1)
+        if reader not in self.layers or index >= self.config.features_per_layer:
+            raise QklensError(
+                f"feature {label!r} is not in dictionary {self.config.name!r}; expected a label from {self.label(0)!r} "
+                f"to {self.label(self.n_features - 1)!r}"
+            )
+        return self.layers.index(reader) * self.config.features_per_layer + index
 
     def direction(self, feature: int) -> dict[int, Float[Tensor, " d_model"]]:
         """One feature's direction at every layer that it writes.

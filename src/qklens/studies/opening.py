@@ -45,7 +45,7 @@ def load_source(lab: Lab, folder: Path | None) -> tuple[Crosscoder | None, Fidel
     if folder is None:
         return None, None
     source = load_crosscoder(folder, lab.subject.device)
-    check_belongs(source, lab.subject, folder)
+    check_belongs(source.config, lab.subject, folder)
     with threads_for(lab.subject):
         return source, measure(lab, source, folder)
 

@@ -28,9 +28,12 @@ MAPS: dict[str, Callable[[HeadCandidate], float | None]] = {
 
 
 def head_map(table: HeadTable) -> Drawing:
-    """Six maps, each with its own scale around zero; heads chosen in any fold are outlined."""
+    """Six maps around zero, those of one unit on one scale; heads chosen in any fold are outlined."""
     panels = [_map(table, title, value) for title, value in MAPS.items()]
-    rows = [alt.hconcat(*panels[i : i + 2], spacing=40) for i in range(0, len(panels), 2)]
+    rows = [
+        alt.hconcat(*panels[i : i + 2], spacing=40).resolve_scale(color="shared" if same_unit else "independent")
+        for i, same_unit in ((0, True), (2, False), (4, True))
+    ]
     return style.finish(
         alt.vconcat(*rows, spacing=26).resolve_scale(color="independent"),
         "Which heads attend to the answer, which copy it, and which matter?",
@@ -75,7 +78,7 @@ def _map(table: HeadTable, title: str, value: Callable[[HeadCandidate], float | 
                     "title": None,
                     "gradientLength": 150,
                     "gradientThickness": 8,
-                    "format": "+.2~g",
+                    "format": ".2~g",
                     "values": [-limit, 0, limit],
                 },
             ),

@@ -11,7 +11,7 @@ import numpy as np
 
 from qklens.analyses.fidelity import measure_fidelity
 from qklens.data.render import CONDITIONS
-from qklens.dictionaries.crosscoder import Crosscoder, Fidelity
+from qklens.dictionaries.crosscoder import CONFIG_FILE, Crosscoder, CrosscoderConfig, Fidelity
 from qklens.errors import QklensError
 from qklens.models.subject import Subject
 from qklens.studies.harm_pressure.lab import Lab
@@ -24,13 +24,13 @@ PROMPTS = 96
 """How many of the run's prompts fidelity is measured on, spread over conditions; it takes two passes a layer."""
 
 
-def check_belongs(dictionary: Crosscoder, subject: Subject, folder: Path) -> None:
+def check_belongs(config: CrosscoderConfig, subject: Subject, folder: Path) -> None:
     """Refuse a dictionary whose width, layers or recorded model are not this model's.
 
     Raises:
         QklensError: names the file, what was found and what the model has.
     """
-    config, file = dictionary.config, folder / "dictionary.json"
+    file = folder / CONFIG_FILE
     if config.d_model != subject.d_model:
         raise QklensError(
             f"{file}: its vectors have {config.d_model} dimensions, {subject.name}'s stream has {subject.d_model}; it "

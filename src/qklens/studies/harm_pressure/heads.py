@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import numpy as np
@@ -22,7 +22,6 @@ from qklens.analyses.heads import (
 from qklens.analyses.readings import SPANS, read_patterns
 from qklens.analyses.statistics import bootstrap_mean, bootstrap_ratio, wilson
 from qklens.data.render import CONDITIONS, Condition, Prompt
-from qklens.dictionaries.source import FeatureSource
 from qklens.errors import QklensError
 from qklens.interventions.patch import PatternPatch
 from qklens.interventions.steer import Head
@@ -68,17 +67,24 @@ def choose_heads(lab: Lab) -> tuple[list[Head], list[Head], list[float]]:
     return ranked[: fewest(curve)], ranked, curve
 
 
-def heads_to_read(selected: Sequence[Head], ranked: Sequence[Head], source: FeatureSource) -> list[Head]:
-    """The heads to look through: selected ones whose input the source writes, best first, or else the best other.
+def heads_to_read(
+    selected: Sequence[Head], ranked: Sequence[Head], written: Collection[int], source: str
+) -> list[Head]:
+    """The heads to look through: selected ones whose input a source writes, best first, or else the best other.
+
+    Args:
+        selected: the answer-selection heads.
+        ranked: all candidates.
+        written: layers that the source writes.
+        source: its name.
 
     Raises:
         QklensError: the source writes no candidate's input.
     """
-    written = set(source.layers)
     chosen = [h for h in selected if h[0] in written] or [h for h in ranked if h[0] in written][:1]
     if not chosen:
         raise QklensError(
-            f"dictionary {source.name!r} writes layers {sorted(written)}, the answer-selection heads are in layers "
+            f"dictionary {source!r} writes layers {sorted(written)}, the answer-selection heads are in layers "
             f"{sorted({h[0] for h in ranked})}; choose a dictionary for those layers, or --dictionary directions"
         )
     return chosen[:MAX_LENS_HEADS]

@@ -68,7 +68,7 @@ class _Run:
         """The heads that later stages look through: selected ones whose input the source writes, best first."""
         state = self.done["heads"].state
         selected, ranked = ([tuple(h) for h in state[name]] for name in ("selected", "ranked"))
-        return heads.heads_to_read(selected, ranked, self.lab.source)
+        return heads.heads_to_read(selected, ranked, self.lab.source.layers, self.lab.source.name)
 
     @property
     def pair_heads(self) -> list[Head]:

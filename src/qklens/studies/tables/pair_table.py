@@ -160,7 +160,7 @@ def pair_table(
         QklensError: a head that does not exist or whose input the source does not write, a span in which no feature is
             active, an unknown feature or role.
     """
-    heads = request.heads or tuple(heads_to_read(*choose_heads(lab)[:2], lab.source))
+    heads = request.heads or tuple(heads_to_read(*choose_heads(lab)[:2], lab.source.layers, lab.source.name))
     lenses = [lab.lens(*head) for head in heads]
     step = tick(len(lenses) + 1)
     belief = belief_candidates(lab)[0].feature

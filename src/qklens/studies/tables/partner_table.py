@@ -1,0 +1,266 @@
+"""Who does a feature draw in or push away? Every feature of a dictionary ranked at some heads, from both ends.
+
+Weights alone: no activations, no prompt but for the distances between answer and option. A dictionary directory is read
+from disk block by block, so its size does not matter. z places a feature among all features of the dictionary; it is no
+test (`qklens qk` tests pairs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from qklens.analyses.contrasts import ROLES
+from qklens.analyses.interactions import Side
+from qklens.analyses.partners import Block, Ranked, rank_partners
+from qklens.dictionaries.decoder_file import open_decoder
+from qklens.dictionaries.source import FeatureSource, feature_index
+from qklens.dictionaries.unit import unit_directions
+from qklens.errors import QklensError
+from qklens.interventions.steer import Head
+from qklens.models.scores import Rotation, offset_rotation, score_maps, virtual_reader
+from qklens.strict import Strict
+from qklens.studies.config import LabConfig
+from qklens.studies.harm_pressure.belief import belief_candidates
+from qklens.studies.harm_pressure.dictionary_fit import check_belongs
+from qklens.studies.harm_pressure.heads import choose_heads, heads_to_read
+from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.harm_pressure.roles import find_roles
+from qklens.studies.opening import load_source, open_lab, threads_for
+from qklens.studies.resources import dictionary_folder
+
+
+class PartnerRow(Strict):
+    """One feature."""
+
+    feature: str
+    value: float = Field(description="virtual interaction, score units for unit vectors; negative lowers attention")
+    z: float | None = Field(description="its place among all features at this head: (value - mean) / sd")
+
+
+class PartnerColumn(Strict):
+    """One head, or the mean over all of them."""
+
+    head: str = Field(description="L2H4, or `mean`")
+    n: int = Field(description="features that write this head's input")
+    mean: float
+    sd: float | None
+    lowest: list[PartnerRow]
+    highest: list[PartnerRow]
+
+
+class PartnerTable(Strict):
+    """The whole of `qklens partners --json`."""
+
+    model: dict[str, Any]
+    dictionary: str
+    n_features: int
+    feature: str
+    side: Side = Field(description="where the feature is held; the listed ones are on the other side")
+    offsets: str = Field(description="which distances p - j the rotations are averaged over")
+    columns: list[PartnerColumn] = Field(description="one a head, then the mean over heads")
+
+
+@dataclass(frozen=True)
+class PartnerRequest:
+    """What to rank.
+
+    Attributes:
+        feature: a feature's label, or a role, whose feature is then found.
+        side: where it is held.
+        heads: the heads; none means the answer-selection heads, `every` all that the dictionary reaches.
+        every: all heads of the layers that the dictionary and the feature write.
+        top: how many from each end.
+        offset: a distance p − j; None is the mean over those of the data, answer to correct option.
+    """
+
+    feature: str
+    side: Side = "query"
+    heads: tuple[Head, ...] = ()
+    every: bool = False
+    top: int = 50
+    offset: int | None = None
+
+    @classmethod
+    def parse(cls, *, side: str, **rest: Any) -> PartnerRequest:  # noqa: ANN401
+        """A request with the side by name.
+
+        Raises:
+            QklensError: neither query nor key.
+        """
+        if side not in get_args(Side):
+            raise QklensError(f"--side {side!r}: expected 'query' or 'key'")
+        return cls(side="query" if side == "query" else "key", **rest)
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise QklensError(f"--top {self.top}: expected at least 1")
+        if self.offset is not None and self.offset < 0:
+            raise QklensError(f"--offset {self.offset}: a query sees keys at or before it; expected 0 or more")
+
+
+class _Decoder(Protocol):
+    """Features' directions, in memory or on disk."""
+
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def n_features(self) -> int: ...
+
+    def label(self, feature: int) -> str: ...
+
+    def find(self, label: str) -> int: ...
+
+    def direction(self, feature: int) -> dict[int, Float[Tensor, " d_model"]]: ...
+
+    def blocks(self, layers: Sequence[int]) -> Iterable[Block]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _InMemory:
+    """A source's directions."""
+
+    source: FeatureSource
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.source.layers
+
+    @property
+    def n_features(self) -> int:
+        return len(self.source.labels)
+
+    def label(self, feature: int) -> str:
+        return self.source.labels[feature]
+
+    def find(self, label: str) -> int:
+        return feature_index(self.source, label)
+
+    def direction(self, feature: int) -> dict[int, Float[Tensor, " d_model"]]:
+        return {layer: self.source.directions(layer)[feature] for layer in self.layers}
+
+    def blocks(self, layers: Sequence[int]) -> Iterable[Block]:
+        return [tuple(unit_directions(self.source.directions(layer)) for layer in layers)]
+
+
+def partner_table(config: LabConfig, request: PartnerRequest) -> PartnerTable:
+    """Rank every feature of the configuration's dictionary against one.
+
+    Raises:
+        QklensError: an unknown feature or head, a head whose input the dictionary or the feature does not write, or
+            bad input of any other kind.
+    """
+    folder = dictionary_folder(config)
+    lab = open_lab(config)
+    with threads_for(lab.subject):
+        decoder, name = _decoder(lab, folder)
+        heads = _heads(lab, request, decoder, folder)
+        feature = _feature(lab, config, request, decoder, heads, folder)
+        directions = decoder.direction(feature)
+        written = [layer for layer, vector in directions.items() if bool(vector.any())]
+        if request.every:
+            heads = tuple(h for h in heads if h[0] in written)
+        silent = next((h for h in heads if h[0] not in written), None)
+        if silent is not None:
+            raise QklensError(
+                f"feature {decoder.label(feature)!r} does not write resid_pre.{silent[0]}, the input of head "
+                f"L{silent[0]}H{silent[1]}; it writes layers {written}"
+            )
+        layers = sorted({layer for layer, _ in heads})
+        columns = [head for layer in layers for head in heads if head[0] == layer]
+        readers = [
+            torch.stack([_reader(lab, head, directions[layer], request) for head in columns if head[0] == layer])
+            for layer in layers
+        ]
+        ranked = rank_partners(decoder.blocks(layers), readers, request.top)
+    names = [f"L{layer}H{head}" for layer, head in columns] + ["mean"]
+    return PartnerTable(
+        model=lab.subject.describe(),
+        dictionary=name,
+        n_features=decoder.n_features,
+        feature=decoder.label(feature),
+        side=request.side,
+        offsets="answer to correct option, as in the data" if request.offset is None else str(request.offset),
+        columns=[
+            PartnerColumn(
+                head=head,
+                n=int(ranked.count[i]),
+                mean=float(ranked.mean[i]),
+                sd=_number(ranked.sd[i]),
+                lowest=_rows(decoder, ranked.lowest, i, float(ranked.mean[i]), float(ranked.sd[i])),
+                highest=_rows(decoder, ranked.highest, i, float(ranked.mean[i]), float(ranked.sd[i])),
+            )
+            for i, head in enumerate(names)
+        ],
+    )
+
+
+def _decoder(lab: Lab, folder: Path | None) -> tuple[_Decoder, str]:
+    if folder is None:
+        lab.source = lab.fit_directions()
+        return _InMemory(lab.source), lab.source.name
+    decoder = open_decoder(folder)
+    check_belongs(decoder.config, lab.subject, folder)
+    return decoder, decoder.config.name
+
+
+def _heads(lab: Lab, request: PartnerRequest, decoder: _Decoder, folder: Path | None) -> tuple[Head, ...]:
+    if request.every:
+        return tuple((layer, head) for layer in decoder.layers for head in range(lab.subject.n_heads))
+    if not request.heads:
+        return tuple(heads_to_read(*choose_heads(lab)[:2], decoder.layers, str(folder or "directions")))
+    for layer, head in request.heads:
+        lab.subject.check_head(layer, head)
+        if layer not in decoder.layers:
+            raise QklensError(
+                f"dictionary {folder or 'directions'} does not write resid_pre.{layer}, the input of head "
+                f"L{layer}H{head}; it writes layers {list(decoder.layers)}"
+            )
+    return request.heads
+
+
+def _feature(
+    lab: Lab, config: LabConfig, request: PartnerRequest, decoder: _Decoder, heads: Sequence[Head], folder: Path | None
+) -> int:
+    """The feature's index; a role's feature is found as the study finds it, with the whole dictionary in memory."""
+    if request.feature not in ROLES or folder is None:
+        return decoder.find(request.feature)
+    source, _ = load_source(lab, folder)
+    if source is None:
+        raise AssertionError("a folder gives a source")
+    lab.source = source
+    belief = source.labels[belief_candidates(lab)[0].feature]
+    return find_roles(lab, heads, belief, config.roles)[0].chosen[ROLES[ROLES.index(request.feature)]]
+
+
+def _reader(lab: Lab, head: Head, direction: Tensor, request: PartnerRequest) -> Tensor:
+    return virtual_reader(
+        score_maps(lab.subject, head[0]), head[1], _turn(lab, head[0], request.offset), direction, request.side
+    )
+
+
+def _turn(lab: Lab, layer: int, offset: int | None) -> Rotation:
+    if offset is None:
+        return lab.mean_turn(layer, "all")
+    return offset_rotation(lab.subject, layer, torch.tensor([offset]))
+
+
+def _rows(decoder: _Decoder, end: Ranked, column: int, mean: float, sd: float) -> list[PartnerRow]:
+    return [
+        PartnerRow(feature=decoder.label(f), value=v, z=_number((v - mean) / sd) if sd else None)
+        for f, v in zip(end.index[column].tolist(), end.value[column].tolist(), strict=True)
+        if f >= 0
+    ]
+
+
+def _number(value: float | Tensor) -> float | None:
+    number = float(value)
+    return number if number == number else None
