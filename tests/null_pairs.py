@@ -9,7 +9,9 @@ import torch
 from qklens.analyses.nulls import NullName, Pairs, Population, null_tests
 from qklens.models.scores import Rotation, ScoreMaps, offset_rotation, score_maps
 
-WIDTH, CLUSTERS, CLUSTER, DEAD = 32, 5, 64, 40
+WIDTH, CLUSTERS, CLUSTER, DEAD = 32, 5, 64, 320
+HELD = {"query": 1, "key": 3}
+HELD_FEATURE = 2 * CLUSTER
 SMALL = 6
 HEAD = 2
 Head = tuple[ScoreMaps, Rotation]
@@ -35,7 +37,7 @@ def clustered(seed: int) -> Population:
         vectors.append(around * (0.3 * 2.0**cluster) * (1 + 0.02 * draw(CLUSTER, 1).clamp(-2, 2)))
         frequency.append(0.5 ** (CLUSTERS - cluster) * (1 + 0.02 * draw(CLUSTER).clamp(-2, 2)))
     alive = torch.arange(CLUSTERS * CLUSTER + DEAD) < CLUSTERS * CLUSTER
-    root = draw(WIDTH, WIDTH) * torch.linspace(0.1, 2, WIDTH)
+    root = draw(WIDTH, WIDTH) * 0.7 ** torch.arange(WIDTH)
     return Population(
         torch.cat([*vectors, 50 + draw(DEAD, WIDTH)]), torch.cat([*frequency, torch.zeros(DEAD)]), alive, root
     )
@@ -47,7 +49,7 @@ def small(seed: int) -> Population:
     return Population(whole.vectors[:SMALL], torch.ones(SMALL), torch.ones(SMALL).bool(), whole.covariance_root)
 
 
-def of_cluster(features: Population, cluster: int, n: int, generator: torch.Generator) -> torch.Tensor:
+def of_cluster(cluster: int, n: int, generator: torch.Generator) -> torch.Tensor:
     """Indices drawn from one cluster."""
     return cluster * CLUSTER + torch.randint(0, CLUSTER, (n,), generator=generator)
 
@@ -58,26 +60,42 @@ def coloured(features: Population, n: int, generator: torch.Generator) -> torch.
     return torch.randn(n, WIDTH, generator=generator) @ (basis * values.clamp(min=0).sqrt()) @ basis.T
 
 
+def coloured_alike(features: Population, n: int, generator: torch.Generator) -> torch.Tensor:
+    """Of 50 such directions each time, the one along which the residual's spread is nearest to a low one."""
+    covariance = features.covariance_root @ features.covariance_root.T
+    drawn = torch.nn.functional.normalize(coloured(features, 50 * n, generator), dim=-1)
+    spread = torch.einsum("rd,de,re->r", drawn, covariance, drawn).log().view(n, 50)
+    low = (0.1 * torch.linalg.eigvalsh(covariance)[-1]).log()
+    nearest = (spread - low).abs().argmin(dim=1)
+    return drawn.view(n, 50, WIDTH)[torch.arange(n), nearest]
+
+
 def drawn_pairs(null: NullName, queries: Population, keys: Population, n: int, seed: int) -> Pairs:
-    """Pairs of the null itself; one query (key) is held for `fixed_query` (`fixed_key`), one cluster for `matched`."""
+    """Pairs of the null itself.
+
+    What a null holds is the same whatever the seed, so that pairs of another null are told from its own: one query
+    (key) for `fixed_query` (`fixed_key`), one cluster a side for `matched` (or one spread, in a small source).
+    """
     generator = torch.Generator().manual_seed(seed)
     sides, frequencies = [], []
     for side, features in (("query", queries), ("key", keys)):
+        plain = null in ("random_dictionary", "rotated") or features.is_small
+        held = null == f"fixed_{side}"
+        index = torch.randint(0, CLUSTERS * CLUSTER, (n,), generator=generator)
+        if null == "matched":
+            index = of_cluster(HELD[side], n, generator)
+        elif held:
+            index = torch.full((n,), HELD_FEATURE)
         if null == "random_dictionary":
             vectors = torch.randn(n, WIDTH, generator=generator)
-        elif null == "rotated" or features.is_small:
+        elif null == "matched" and plain:
+            vectors = coloured_alike(features, n, generator)
+        elif plain and not held:
             vectors = coloured(features, n, generator)
-        elif null == "matched":
-            index = of_cluster(features, seed % CLUSTERS, n, generator)
-            vectors = features.vectors[index]
         else:
-            index = torch.randint(0, CLUSTERS * CLUSTER, (n,), generator=generator)
-            vectors = features.vectors[index]
-        held = null == f"fixed_{side}"
-        plain = null in ("random_dictionary", "rotated") or features.is_small
-        frequency = torch.ones(n) if plain else features.frequency[index]
-        sides.append(vectors[:1].expand(n, -1) if held else vectors)
-        frequencies.append(frequency[:1].expand(n) if held else frequency)
+            vectors = features.vectors[index % len(features.vectors)]
+        sides.append(vectors)
+        frequencies.append(torch.ones(n) if plain else features.frequency[index])
     return Pairs(*sides, *frequencies)
 
 
