@@ -80,8 +80,8 @@ class PairTerms:
             yield Block(part, columns, value)
 
     def top(self, k: int) -> list[tuple[str, str, float]]:
-        """The k most negative and the k most positive pairs, by signed value: exact, over all pairs."""
-        ends = [self._extreme(k, largest) for largest in (False, True)]
+        """The k most negative and the k most positive pairs, by signed value: exact, over all pairs; ties by index."""
+        ends = [self._extreme(k, largest) for largest in (False, True)] if k > 0 else []
         return [(self.names[q], self.names[key], value) for end in ends for value, q, key in end]
 
     def between(self, query: int, key: int) -> float:
@@ -157,7 +157,8 @@ class PairTerms:
             bound = best[-1][0] if len(best) == k else 0.0
             found = (flat < bound).nonzero()[:, 0]
             if len(found) > k:
-                found = found[flat[found].topk(k, largest=False).indices]
+                found = found[flat[found] <= flat[found].topk(k, largest=False).values[-1]]
+                found = found[flat[found].argsort(stable=True)[:k]]
             width = len(block.key)
             best += [(float(flat[i]), int(block.query[i // width]), int(block.key[i % width])) for i in found.tolist()]
             best = sorted(best)[:k]

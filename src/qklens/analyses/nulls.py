@@ -180,7 +180,7 @@ def null_tests(
     and norm. `fixed_query`, `fixed_key`: that side held. `rotated`: both directions turned at random within the
     residual's covariance at that side's tokens (whitened, rotated, coloured again: for a unit vector the same as a draw
     from that covariance). `random_dictionary`: isotropic directions. A null that does not depend on the pair is drawn
-    once for all pairs.
+    once for all pairs; the others start from the seed for every pair, so that no result depends on the pairs beside it.
 
     Raises:
         QklensError: an unknown null, fewer than 30 draws, or a null without spread.
@@ -189,13 +189,13 @@ def null_tests(
         raise QklensError(f"null {null!r} is unknown; expected one of {list(NULLS)}")
     if n < MIN_PAIRS:
         raise QklensError(f"null {null!r} with {n} pairs; expected at least {MIN_PAIRS}")
-    generator = torch.Generator().manual_seed(seed)
     values = virtual_interaction(maps, head, turn, pairs.query, pairs.key).cpu()
     small = (queries.is_small or keys.is_small) and null in ("random_pairs", "matched", "fixed_query", "fixed_key")
     note = "the source is small: random directions come from the residual's covariance" if small else None
 
     def draw(pair: int) -> Tensor:
         query, key = pairs.query[pair], pairs.key[pair]
+        generator = torch.Generator().manual_seed(seed)
         sample: dict[NullName, Callable[[], tuple[Tensor, Tensor]]] = {
             "random_pairs": lambda: (queries.alive_sample(n, generator), keys.alive_sample(n, generator)),
             "matched": lambda: (
