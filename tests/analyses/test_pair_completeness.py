@@ -74,7 +74,9 @@ def test_weighted_totals_are_the_models_own_in_float64(case, word_tokenizer, mon
                 sink = [] if maps.sinks is None else [maps.sinks[head][None]]
                 exact = torch.cat([scores, *sink]).softmax(dim=0)[: len(scores)]
                 assert torch.allclose(exact, pattern, atol=1e-6)
-                weights = {"realised": correct, "contrastive": correct - incorrect, "share": correct - exact}
+                # A contrast with an option that the head does not see would keep every constant: there is none.
+                contrast = (correct - incorrect) * (correct.any() & incorrect.any())
+                weights = {"realised": correct, "contrastive": contrast, "share": correct - exact}
                 for kind, w in weights.items():
                     wanted[kind] += float(w @ u) / len(own)
                 largest = max(largest, float(u.abs().max()))

@@ -89,8 +89,9 @@ class HeadLens:
         return self.maps.layer
 
     def query(self, prompt: WrittenPrompt, position: int) -> Sources:
-        """Head-space vectors of the query sources at a token; their sum is the head's query there."""
+        """Head-space vectors of the query sources at a token, from either end; their sum is the head's query there."""
         maps, head, there = self.maps, self.head, prompt.active
+        position %= there.n_tokens
         scales = prompt.scales.at(position)
         side = HeadMap(maps.query_side, head, scales.sigma, maps.query_rms(scales, head), prompt.turn.at(position))
         here = there.position == position

@@ -97,7 +97,13 @@ def population(
     Args:
         vectors: the features' directions at the head's input.
         places: prompts and the tokens of them that belong to this side.
+
+    Raises:
+        QklensError: there is no token on this side.
     """
+    if not any(len(positions) for _, positions in places):
+        raise QklensError("a null's population needs at least one token on each side")
+    places = [(written, positions) for written, positions in places if len(positions)]
     counts = torch.zeros(len(vectors), dtype=torch.long)
     for written, positions in places:
         counts += torch.bincount(written.active.features_at(positions).cpu(), minlength=len(vectors))

@@ -3,7 +3,8 @@
 For a weighting w the term of a pair is Σ_j w_j c ⟨q_i(p), k_k(j)⟩:
 
 - realised on a span: w = softmax of the scores within the span (the gradient of its logsumexp);
-- contrastive: w(correct) − w(incorrect), in which constants cancel as they do in the softmax;
+- contrastive: w(correct) − w(incorrect), in which constants cancel as they do in the softmax; nothing for a head that
+  sees one option alone (a sliding window), because there they would not;
 - share: w(span) − the head's whole pattern, the gradient of log attention on the span.
 """
 
@@ -58,7 +59,7 @@ class Weighting:
         scores = lens.scores(written, prompt.spans["answer"][0])
         if self.kind == "contrastive":
             correct, incorrect = (within_span(scores, prompt.span(name, self.parts)) for name in self.spans())
-            return correct - incorrect
+            return (correct - incorrect) * (correct.any() & incorrect.any())
         realised = within_span(scores, prompt.span(self.span, self.parts))
         return realised if self.kind == "realised" else realised - lens.pattern(scores)
 

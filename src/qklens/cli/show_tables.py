@@ -129,21 +129,17 @@ def partners(table: PartnerTable) -> None:
         f"{table.model['name']} through {table.dictionary}: {table.n_features} features as {other} of "
         f"{printable(table.feature)}; offsets: {table.offsets}"
     ]
-    shown = (
-        table.columns[-1:]
-        if len(table.columns) > 4
-        else table.columns[:1]
-        if len(table.columns) == 2
-        else table.columns
-    )
-    for column in shown:
+    single = len(table.columns) == 2
+    for column in table.columns[:1] if single else table.columns[-1:] if len(table.columns) > 4 else table.columns:
         of = f"mean over {len(table.columns) - 1} heads" if column.head == "mean" else column.head
+        sd = _MISSING if column.sd is None else f"{column.sd:.4f}"
+        away, drawn = ([r for r in column.lowest if r.value < 0], [r for r in column.highest if r.value > 0])
         lines += [
             "",
-            f"{of}: {column.n} features, mean {column.mean:+.4f}, sd {_MISSING if column.sd is None else f'{column.sd:.4f}'}",
+            f"{of}: {column.n} features, mean {column.mean:+.4f}, sd {sd}",
             *_columns(
                 ("pushed away", "value", "z", "drawn in", "value", "z"),
-                [(*_partner(low), *_partner(high)) for low, high in zip_longest(column.lowest, column.highest)],
+                [(*_partner(low), *_partner(high)) for low, high in zip_longest(away, drawn)],
                 left=(0, 3),
             ),
         ]

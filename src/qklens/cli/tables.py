@@ -112,9 +112,7 @@ def partners(
     feature: Annotated[str, typer.Option(help="A feature's label, as L2/271, or a role, as refuse_redirect.")],
     side: Annotated[str, typer.Option(help="Where it is held: query or key; the other side is ranked.")] = "query",
     heads: Heads = None,
-    every: Annotated[
-        bool, typer.Option("--all-heads", help="All heads of the layers that the feature writes.")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all-heads", help="All heads that the feature reaches.")] = False,
     top: Annotated[int, typer.Option(help="Features from either end.")] = 50,
     offset: Annotated[int | None, typer.Option(help="Distance from query to key; else those of the data.")] = None,
     model: Model = "organism",

@@ -162,8 +162,9 @@ def partner_table(config: LabConfig, request: PartnerRequest) -> PartnerTable:
     lab = open_lab(config)
     with threads_for(lab.subject):
         decoder, name = _decoder(lab, folder)
-        heads = _heads(lab, request, decoder, folder)
-        feature = _feature(lab, config, request, decoder, heads, folder)
+        source = str(folder or name)
+        heads = _heads(lab, request, decoder, source)
+        feature = _feature(lab, config, request, decoder, source, folder)
         directions = decoder.direction(feature)
         written = [layer for layer, vector in directions.items() if bool(vector.any())]
         if request.every:
@@ -212,23 +213,27 @@ def _decoder(lab: Lab, folder: Path | None) -> tuple[_Decoder, str]:
     return decoder, decoder.config.name
 
 
-def _heads(lab: Lab, request: PartnerRequest, decoder: _Decoder, folder: Path | None) -> tuple[Head, ...]:
+def _heads(lab: Lab, request: PartnerRequest, decoder: _Decoder, source: str) -> tuple[Head, ...]:
     if request.every:
         return tuple((layer, head) for layer in decoder.layers for head in range(lab.subject.n_heads))
     if not request.heads:
-        return tuple(heads_to_read(*choose_heads(lab)[:2], decoder.layers, str(folder or "directions")))
+        return _selecting(lab, decoder, source)
     for layer, head in request.heads:
         lab.subject.check_head(layer, head)
         if layer not in decoder.layers:
             raise QklensError(
-                f"dictionary {folder or 'directions'} does not write resid_pre.{layer}, the input of head "
+                f"dictionary {source} does not write resid_pre.{layer}, the input of head "
                 f"L{layer}H{head}; it writes layers {list(decoder.layers)}"
             )
     return request.heads
 
 
+def _selecting(lab: Lab, decoder: _Decoder, source: str) -> tuple[Head, ...]:
+    return tuple(heads_to_read(*choose_heads(lab)[:2], decoder.layers, source))
+
+
 def _feature(
-    lab: Lab, config: LabConfig, request: PartnerRequest, decoder: _Decoder, heads: Sequence[Head], folder: Path | None
+    lab: Lab, config: LabConfig, request: PartnerRequest, decoder: _Decoder, name: str, folder: Path | None
 ) -> int:
     """The feature's index; a role's feature is found as the study finds it, with the whole dictionary in memory."""
     if request.feature not in ROLES or folder is None:
@@ -238,6 +243,7 @@ def _feature(
         raise AssertionError("a folder gives a source")
     lab.source = source
     belief = source.labels[belief_candidates(lab)[0].feature]
+    heads = request.heads or _selecting(lab, decoder, name)
     return find_roles(lab, heads, belief, config.roles)[0].chosen[ROLES[ROLES.index(request.feature)]]
 
 
