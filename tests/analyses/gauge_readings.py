@@ -25,7 +25,7 @@ from qklens.models.subject import Subject
 HEAD = 1
 FEATURES = (0, 1, 4)
 """Some of the dictionary's features, of which `bias_split` rewrites some and keeps some."""
-FLOAT32: tuple[Quantity, ...] = ("attention difference", "direct letter attribution", "pattern patch")
+FLOAT32: tuple[Quantity, ...] = ("attention difference", "direct letter attribution", "pattern patching")
 """What qklens computes or carries in float32 whatever the model's dtype."""
 
 
@@ -110,7 +110,7 @@ def _terms(lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[PromptPa
         keys = [[means.between(i, k) for i in everyone] for k in (*FEATURES, bias)]
         by_query, by_key = torch.tensor(sides).double(), torch.tensor(keys).double()
         found |= {
-            f"{label} pair of features": by_query[:-1, list(FEATURES)],
+            f"{label} feature pairs": by_query[:-1, list(FEATURES)],
             f"{label} bias terms": torch.cat([by_query[-1], by_key[-1]]),
             f"{label} marginals": torch.cat([by_query.sum(dim=1), by_key.sum(dim=1)]),
             f"{label} error share": torch.tensor(means.error_share()),
@@ -176,7 +176,7 @@ def _causal(work: Workset, source: FeatureSource, written: Sequence[PromptParts]
         "steering in raw units": steered("raw"),
         "steering in activation_max units": steered("activation_max"),
         "steering in resid_norm units": steered("resid_norm"),
-        "pattern patch": effect(other),
+        "pattern patching": effect(other),
         "mean ablation": effect(HeadAblation({(LAYER, HEAD): mean})),
         "zero ablation": effect(HeadAblation({(LAYER, HEAD): torch.zeros_like(mean)})),
     }
