@@ -5,6 +5,10 @@ A gauge of the model leaves every probability of every prompt alone; a gauge of 
 model computes. Each line here is measured: the tests rewrite a random model of every family named and compare every
 quantity. Under a gauge of the model the dictionary moves along: decoder, bias and encoder follow the stream.
 
+Families are listed as their published checkpoints are. A llama or qwen3 with `attention_bias` has `value_shift` too. A
+key bias that turns with its position is no gauge: shifting it moves the scores of a row by different amounts. Neither
+are a shift of the unembedding before a cap on the logits, and a shift of the values beside attention sinks.
+
 Notation as in `models/scores.py`; 1 is the vector of ones. Wherever ε is not named, it is untouched.
 """
 
