@@ -65,7 +65,7 @@ def pages(
 def test_every_page_parses_and_has_every_section(pages: dict[str, str]) -> None:
     for name, text in pages.items():
         page = Page(text)
-        for stage in (*STAGES, "verdict", "summary", "completeness", "methods", "provenance"):
+        for stage in (*STAGES, "verdict", "summary", "completeness", "gauge", "methods", "provenance"):
             assert stage in page.ids, (name, stage)
             assert ("a", {"href": f"#{stage}"}) in [(t, {"href": a.get("href")}) for t, a in page.tags], (name, stage)
         assert len(page.ids) == len(set(page.ids)), name

@@ -163,8 +163,8 @@ def interactions(results: Results) -> Section:
         tuple(paragraphs),
         "A term is one (query source, key source) part of the score before softmax, after the model's own scale, "
         "mean over the report half's prompts; all terms of a score sum to it. Contrastive: score of the correct "
-        "option minus score of the incorrect one. Negative lowers attention. Attribution shares depend on the gauge "
-        "(see Methods).",
+        "option minus score of the incorrect one. Negative lowers attention. How much of this depends on "
+        "how the weights are written is told under Gauge.",
         (table,),
     )
 

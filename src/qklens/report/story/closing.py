@@ -36,12 +36,6 @@ METHODS: tuple[tuple[str, str], ...] = (
         "explains nothing.",
     ),
     (
-        "Gauge",
-        "Attribution shares are not invariant: the same model written with other dictionary directions, biases or a "
-        "rescaled query\u2013key space splits the same score differently. The sum is fixed; the parts are a reading. "
-        "Patching, ablation and steering decide.",
-    ),
-    (
         "Norms",
         "The decomposition holds every normalisation's scale at its observed value. Causal checks recompute it.",
     ),
