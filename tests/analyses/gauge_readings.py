@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from reparameterise import LAYER
 from torch import Tensor
 
 from qklens.analyses.gauge import Quantity
-from qklens.analyses.interactions import HeadLens, PromptParts, head_lens, mean_terms, weights_of, write_prompts
-from qklens.analyses.nulls import Population, null_test
-from qklens.analyses.readings import read_attention, read_patterns, read_streams
+from qklens.analyses.interactions import mean_terms
+from qklens.analyses.lens import HeadLens, head_lens
+from qklens.analyses.nulls import MIN_PAIRS, Population, feature_pairs, null_tests
+from qklens.analyses.readings import read_attention, read_streams
+from qklens.analyses.weighting import CONTRASTIVE, REALISED, SHARE
+from qklens.analyses.written import WrittenPrompt, write_prompts
 from qklens.data.render import Prompt
 from qklens.dictionaries.source import FeatureSource
 from qklens.interventions.direction import feature_direction
@@ -25,6 +29,8 @@ from qklens.models.subject import Subject
 HEAD = 1
 FEATURES = (0, 1, 4)
 """Some of the dictionary's features, of which `bias_split` rewrites some and keeps some."""
+STEERED = (0, 4)
+"""Features that `bias_split` rewrites; steered together, each also in a head of its own."""
 FLOAT32: tuple[Quantity, ...] = ("attention difference", "direct letter attribution", "pattern patching")
 """What qklens computes or carries in float32 whatever the model's dtype."""
 
@@ -32,17 +38,16 @@ FLOAT32: tuple[Quantity, ...] = ("attention difference", "direct letter attribut
 def read_all(subject: Subject, source: FeatureSource, prompts: Sequence[Prompt]) -> dict[Quantity, Tensor]:
     """Every quantity, as one tensor each."""
     work = Workset(subject, prompts)
-    streams = read_streams(work, [LAYER])
+    sites, seen = _sites(work)
     lens = head_lens(subject, source, LAYER, HEAD)
-    written = write_prompts(subject, source, lens.maps, streams)
+    written = write_prompts(subject, source, lens.maps, [{LAYER: rows} for rows in seen.streams])
     return {
-        "residual stream": torch.cat([stream[LAYER] for stream in streams]),
-        "activations": torch.cat([w.parts.activations for w in written]),
-        **_sites(work),
+        **sites,
+        "activations": torch.cat([w.active.dense() for w in written]),
         **_scores(lens, prompts, written),
         **_terms(lens, prompts, written),
         **_virtual(lens, written),
-        **_causal(work, source, written),
+        **_causal(work, source, written, seen),
     }
 
 
@@ -62,116 +67,123 @@ def _margins(logits: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return logits.gather(1, torch.tensor([p.letter_ids for p in prompts])) @ torch.tensor([1.0, -1.0]).double()
 
 
-def _sites(work: Workset) -> dict[Quantity, Tensor]:
-    seen: dict[Quantity, list[Tensor]] = {
-        "normed input": [], "query and key vectors": [], "pattern": [], "head output": []
+@dataclass
+class Seen:
+    """What one clean pass saw of each prompt, for what is computed from it."""
+
+    streams: list[Tensor] = field(default_factory=list)
+    patterns: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+def _sites(work: Workset) -> tuple[dict[Quantity, Tensor], Seen]:
+    """What a clean pass reads; the prompts are as long as each other, so they run in one batch, in their order."""
+    found: dict[Quantity, list[Tensor]] = {
+        "residual stream": [], "normed input": [], "query and key vectors": [], "pattern": [], "head output": []
     }  # fmt: skip
+    seen = Seen()
 
     def reads(index, batch) -> Reads:
+        assert list(index) == list(range(len(work)))
+        assert not any(batch.padding(row) for row in index)
+
         def attention(read) -> None:
-            for row in range(len(index)):
-                own = slice(batch.padding(row), None)
-                seen["query and key vectors"] += [read.query[row, :, own].flatten(), read.key[row, :, own].flatten()]
-                seen["pattern"].append(read.pattern[row, :, own, own].flatten())
-                seen["head output"].append(read.output[row, own].flatten())
+            found["query and key vectors"] += [read.query.flatten(), read.key.flatten()]
+            found["pattern"].append(read.pattern.flatten())
+            found["head output"].append(read.output.flatten())
+            seen.patterns += list(read.pattern[:, HEAD, -1].clone())
+            seen.outputs += list(read.output[:, -1, HEAD].clone())
+
+        def stream(rows: Tensor) -> None:
+            found["residual stream"].append(rows.flatten())
+            seen.streams += list(rows.clone())
 
         def normed(rows: Tensor) -> None:
-            seen["normed input"] += [rows[row, batch.padding(row) :].flatten() for row in range(len(index))]
+            found["normed input"].append(rows.flatten())
 
-        return Reads({}, {LAYER: attention}, {}, {(LAYER, "query"): normed, (LAYER, "key"): normed})
+        return Reads({LAYER: stream}, {LAYER: attention}, {}, {(LAYER, "query"): normed, (LAYER, "key"): normed})
 
     logits = work.logits(reads=reads)
     reading = read_attention(work)
     return {
-        **{name: torch.cat(rows) for name, rows in seen.items()},
+        **{name: torch.cat(rows) for name, rows in found.items()},
         "logits": logits,
         "margin": _margins(logits, work.prompts),
         "attention difference": reading.difference,
         "direct letter attribution": reading.letter_logit,
-    }
+    }, seen
 
 
-def _scores(lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[PromptParts]) -> dict[Quantity, Tensor]:
+def _scores(lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[WrittenPrompt]) -> dict[Quantity, Tensor]:
     scores = [lens.scores(w, p.spans["answer"][0]) for p, w in zip(prompts, written, strict=True)]
     assert all(bool(row.isfinite().all()) for row in scores)
-    contrasts = [
-        weights_of(lens, p, w, "contrastive") @ row for p, w, row in zip(prompts, written, scores, strict=True)
-    ]
+    contrasts = [CONTRASTIVE.weights(lens, p, w) @ row for p, w, row in zip(prompts, written, scores, strict=True)]
     return {"score": torch.cat(scores), "contrastive score": torch.stack(contrasts)}
 
 
-def _terms(lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[PromptParts]) -> dict[Quantity, Tensor]:
+def _terms(lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[WrittenPrompt]) -> dict[Quantity, Tensor]:
     found: dict[Quantity, Tensor] = {}
-    everyone, bias = range(len(lens.names)), lens.names.index("bias")
-    named = {"realised": "realised", "contrastive": "contrastive", "share": "share-weighted"}
-    for weighting, label in named.items():
+    rows = (*FEATURES, lens.names.index("bias"))
+    for label, weighting in {"realised": REALISED, "contrastive": CONTRASTIVE, "share-weighted": SHARE}.items():
         means = mean_terms(lens, prompts, written, weighting)
-        sides = [[means.between(i, k) for k in everyone] for i in (*FEATURES, bias)]
-        keys = [[means.between(i, k) for i in everyone] for k in (*FEATURES, bias)]
-        by_query, by_key = torch.tensor(sides).double(), torch.tensor(keys).double()
+        by_query = torch.stack([means.against("key", source) for source in rows])
+        by_key = torch.stack([means.against("query", source) for source in rows])
+        marginals = [means.marginal(side)[list(rows)] for side in ("query", "key")]
         found |= {
             f"{label} feature pairs": by_query[:-1, list(FEATURES)],
             f"{label} bias terms": torch.cat([by_query[-1], by_key[-1]]),
-            f"{label} marginals": torch.cat([by_query.sum(dim=1), by_key.sum(dim=1)]),
+            f"{label} marginals": torch.cat(marginals),
             f"{label} error share": torch.tensor(means.error_share()),
         }
     return found
 
 
-def _virtual(lens: HeadLens, written: Sequence[PromptParts]) -> dict[Quantity, Tensor]:
+def _virtual(lens: HeadLens, written: Sequence[WrittenPrompt]) -> dict[Quantity, Tensor]:
     turn = offset_rotation(lens.subject, LAYER, torch.tensor([4, 9]))
     vectors = lens.source.directions(LAYER)
-    activations = torch.cat([w.parts.activations for w in written])
+    activations = torch.cat([w.active.dense() for w in written])
     residual = torch.cat([w.residual for w in written])
     active = activations.abs() > 1e-9
     # As `nulls.population`, which is in float32.
     everyone = Population(
         vectors, active.double().mean(dim=0), active.any(dim=0), (residual - residual.mean(dim=0)).T / len(residual)
     )
-    pairs = [(i, k) for i in FEATURES for k in FEATURES]
-    values = [virtual_interaction(lens.maps, HEAD, turn, vectors[i][None], vectors[k][None]) for i, k in pairs]
+    pairs = feature_pairs(everyone, everyone, [(i, k) for i in FEATURES for k in FEATURES])
+
+    tested = feature_pairs(everyone, everyone, list(zip(FEATURES, FEATURES[1:] + FEATURES[:1], strict=True)))
 
     def z(null) -> Tensor:
-        tests = [
-            null_test(
-                null, lens.maps, HEAD, turn, everyone, everyone, (vectors[i], vectors[k]),
-                (float(everyone.frequency[i]), float(everyone.frequency[k])), n=100,
-            )
-            for i, k in pairs
-        ]  # fmt: skip
+        tests = null_tests(null, lens.maps, HEAD, turn, everyone, everyone, tested, n=MIN_PAIRS)
         assert all(test.note is None for test in tests)
         return torch.tensor([test.z for test in tests]).double()
 
     return {
-        "virtual interaction": torch.cat(values),
+        "virtual interaction": virtual_interaction(lens.maps, HEAD, turn, pairs.query, pairs.key),
         "z against random_pairs": z("random_pairs"),
         "z against matched": z("matched"),
     }
 
 
-def _causal(work: Workset, source: FeatureSource, written: Sequence[PromptParts]) -> dict[Quantity, Tensor]:
+def _causal(
+    work: Workset, source: FeatureSource, written: Sequence[WrittenPrompt], seen: Seen
+) -> dict[Quantity, Tensor]:
     clean = _margins(work.logits(), work.prompts)
 
     def effect(*interventions) -> Tensor:
         return _margins(work.logits(interventions), work.prompts) - clean
 
     def steered(unit: str) -> Tensor:
-        effects = []
-        for feature in FEATURES[:2]:
-            largest = max(float(w.parts.activations[:, feature].max()) for w in written)
+        steers = []
+        for head, feature in enumerate(STEERED, HEAD):
+            largest = max(float(w.active.of(feature).max()) for w in written)
             along = feature_direction(source, feature, {LAYER: largest})
-            stream = Steer(along, 0.3, unit=unit, layers=(LAYER,), tokens=("correct",))
-            query = Steer(along, 0.3, unit=unit, side="query", heads=((LAYER, HEAD),), tokens=("answer",))
-            effects.append(effect(stream, query))
-        return torch.cat(effects)
+            steers.append(Steer(along, 0.3, unit=unit, layers=(LAYER,), tokens=("correct",)))
+            steers.append(Steer(along, 0.3, unit=unit, side="query", heads=((LAYER, head),), tokens=("answer",)))
+        return effect(*steers)
 
+    mean = torch.stack(seen.outputs).mean(dim=0)
     # Both orders of an item have as many tokens, so each prompt can take the other's row.
-    rows = read_patterns(work, [(LAYER, HEAD)])[LAYER, HEAD]
-    other = PatternPatch({(LAYER, HEAD): [rows[i ^ 1] for i in range(len(rows))]})
-    outputs: list[Tensor] = []
-    at_answer = Reads({}, {LAYER: lambda read: outputs.append(read.output[:, -1, HEAD])})
-    work.logits(reads=lambda index, batch: at_answer)
-    mean = torch.cat(outputs).mean(dim=0)  # as `heads.mean_ablation`, which is in float32
+    other = PatternPatch({(LAYER, HEAD): [seen.patterns[i ^ 1] for i in range(len(work))]})
     return {
         "steering in raw units": steered("raw"),
         "steering in activation_max units": steered("activation_max"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from gauge_readings import FLOAT32, HEAD, log_probabilities, read_all, read_terms
 from model_parts import shift_heads
 from reparameterise import LAYER, REWRITES, Sparse, key_shift
+from transformers import PreTrainedModel
 
 from qklens.analyses.gauge import GAUGES, QUANTITIES, Gauge, gauges_of
-from qklens.analyses.interactions import head_lens, write_prompts
+from qklens.analyses.lens import head_lens
 from qklens.analyses.readings import read_streams
+from qklens.analyses.written import write_prompts
 from qklens.data.render import LetterForm, render
 from qklens.interventions.engine import Workset
 from qklens.models.families import FAMILIES, load_family
@@ -48,10 +51,14 @@ def prompts(items, word_tokenizer):
 
 @pytest.fixture(scope="module")
 def make(exact, word_tokenizer):
-    def tiny(case: str) -> Subject:
+    @cache
+    def drawn(case: str) -> PreTrainedModel:
         model = tiny_model(case, len(word_tokenizer), torch.float64)
         double_norms(exact, model)
-        return wrap_model(model, word_tokenizer, load_family(CASES[case][0]))
+        return model
+
+    def tiny(case: str) -> Subject:
+        return wrap_model(deepcopy(drawn(case)), word_tokenizer, load_family(CASES[case][0]))
 
     return tiny
 
@@ -75,12 +82,11 @@ def source() -> Sparse:
 
 @pytest.fixture(scope="module")
 def baseline(make, prompts, source):
-    """A family's model as it comes: log probabilities, and every quantity."""
+    """Every quantity of a family's model as it comes."""
 
     @cache
     def of(family: str):
-        subject = make(CASE[family])
-        return log_probabilities(Workset(subject, prompts)), read_all(subject, source, prompts)
+        return read_all(make(CASE[family]), source, prompts)
 
     return of
 
@@ -97,11 +103,10 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("gauge", "family"), LINES, ids=LINE_IDS)
 def test_a_gauge_keeps_and_changes_what_the_table_says(gauge, family, baseline, make, prompts, source):
-    said, before = baseline(family)
-    subject = make(CASE[family])
-    moved = rewritten(gauge, subject, source)
-    assert float((log_probabilities(Workset(subject, prompts)) - said).abs().max()) <= 1e-10
-    after = read_all(subject, moved, prompts)
+    before, subject = baseline(family), make(CASE[family])
+    after = read_all(subject, rewritten(gauge, subject, source), prompts)
+    said, says = (reading["logits"].log_softmax(dim=-1) for reading in (before, after))
+    assert float((says - said).abs().max()) <= 1e-10
     assert set(after) == set(QUANTITIES)
     off = {name: distance(after[name], before[name]) for name in QUANTITIES}
     limit = {name: KEPT_FLOAT32 if name in FLOAT32 else KEPT for name in QUANTITIES}
@@ -175,8 +180,7 @@ def test_a_key_shift_takes_the_realised_error_share_to_nothing_and_not_the_contr
     lens = head_lens(subject, source, LAYER, HEAD)
     written = write_prompts(subject, source, lens.maps, read_streams(Workset(subject, prompts), [LAYER]))
     sides = [lens.query(w, p.spans["answer"][0]) for p, w in zip(prompts, written, strict=True)]
-    query = torch.stack(sides).mean(dim=0)
-    error, bias = query[-1], query[-2]
+    bias, error = torch.stack([side.vectors[-2:] for side in sides]).mean(dim=0)
     away = bias - error * (bias @ error) / (error @ error)
     shift = torch.zeros(subject.n_kv_heads, subject.d_head, dtype=torch.float64)
     shift[HEAD] = 1e4 * away
