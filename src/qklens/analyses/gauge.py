@@ -144,13 +144,7 @@ GAUGES: tuple[Gauge, ...] = (
         "another mean of whatever writes the stream, which LayerNorm takes away before anything reads it",
         "w ↦ w + m 1 for every vector w that E, W_O or W_out writes; dᵢ ↦ dᵢ + mᵢ 1",
         _LAYERNORM,
-        (
-            "residual stream",
-            "virtual interaction",
-            "z against random_pairs",
-            "z against matched",
-            "steering in resid_norm units",
-        ),
+        ("residual stream", "steering in resid_norm units"),
     ),
     Gauge(
         "key_shift",
