@@ -137,7 +137,7 @@ def interactions(results: Results) -> Section:
     if results.completeness is not None:
         paragraphs.append(
             f"Terms with a dictionary error on either side make up {percent(results.completeness.error_share)} of "
-            "the summed size of all terms at these heads; they are listed like any other source."
+            "the summed size of all contrastive terms at these heads; they are listed like any other source."
         )
     rows = ranked(results.interactions, "contrastive", 12) + ranked(results.interactions, "realised", 12)
     table = Table(

@@ -120,8 +120,9 @@ def completeness(results: Results) -> tuple[str, ...]:
         f"Over {count(found.n_scores, 'score')} of all heads, the sum of all pair terms differs from the model's own "
         f"score before softmax by at most {number(found.max_relative_error)} of the largest score in size, {verdict} "
         "(float32).",
-        f"Terms with an error on either side are {percent(found.error_share)} of the summed size of all terms at the "
-        "selected heads.",
+        f"Contrastive terms with an error on either side are {percent(found.error_share)} of the summed size of all "
+        "contrastive terms at the selected heads. Realised terms are left out here: how large their biases are "
+        "depends on how the weights are written (see Gauge).",
     )
 
 
