@@ -98,15 +98,15 @@ class Gauge:
 GAUGES: tuple[Gauge, ...] = (
     Gauge(
         "head_basis",
-        "another basis for a head's queries and keys, one that rotary positions do not notice: scaling and turning "
-        "within each rotary pair, anything where nothing turns; only scaling, in its gains, under a QK-norm",
+        "another basis for a head's queries and keys; dimensions that rotary positions turn together can only be "
+        "scaled and turned together, and under a norm on queries and keys (QK-norm) only its gains can be scaled",
         "W_Q ↦ A W_Q, W_K ↦ A⁻ᵀ W_K, biases alike",
         _ALL,
         ("query and key vectors",),
     ),
     Gauge(
         "projection_scale",
-        "other lengths of W_Q and W_K before a QK-norm, which takes length away",
+        "other lengths of W_Q and W_K before a norm on queries and keys, which takes length away",
         "W_Q ↦ s W_Q, W_K ↦ t W_K, biases alike, the QK-norms' ε ↦ s² ε, t² ε",
         _QK_NORM,
         ("virtual interaction",),
@@ -134,7 +134,8 @@ GAUGES: tuple[Gauge, ...] = (
     ),
     Gauge(
         "stream_rotation",
-        "a turned residual stream, once the norms' gains are folded into the matrices (under LayerNorm with Q 1 = 1)",
+        "a turned residual stream, once the norms' gains are moved into the matrices; under LayerNorm the turn leaves "
+        "the vector of ones in place",
         "E, W_O, W_out ↦ Q E, Q W_O, Q W_out, W ↦ W Qᵀ; dᵢ, b ↦ Q dᵢ, Q b",
         (*_RMS, *_LAYERNORM),
         ("residual stream", "normed input"),
@@ -163,14 +164,16 @@ GAUGES: tuple[Gauge, ...] = (
     ),
     Gauge(
         "value_shift",
-        "one vector moved from a head's values into the bias after W_O: a pattern's weights sum to one",
+        "one vector moved from a head's values into the bias after W_O; a pattern's weights sum to one, so the sum of "
+        "the two stays",
         "b_V ↦ b_V + v, b_O ↦ b_O − W_O v",
         _LAYERNORM,
         ("head output", "direct letter attribution", "zero ablation"),
     ),
     Gauge(
         "unembed_shift",
-        "one vector added to every row of the unembedding (written apart from a tied embedding)",
+        "one vector added to every row of the unembedding, which moves all logits together; a tied embedding is copied "
+        "first",
         "U ↦ U + 1 vᵀ",
         tuple(family for family in _ALL if family != "gemma2"),
         ("logits",),

@@ -25,6 +25,18 @@ DESCRIBES: tuple[Quantity, ...] = (
     "virtual interaction",
 )
 """What it also prints."""
+TITLE = "Same model, other weights"
+_WORDS: dict[str, str] = {
+    "z against random_pairs": "z against random pairs",
+    "z against matched": "z against matched pairs",
+    "steering in raw units": "steering by a fixed multiple of a direction",
+    "steering in activation_max units": "steering by a feature's largest activation",
+    "steering in resid_norm units": "steering by the residual stream's length",
+}
+_PAIR_TERMS = tuple(
+    q for q in QUANTITIES if q.endswith((" feature pairs", " bias terms", " marginals", " error share"))
+)
+_ALL_PAIR_TERMS = "all pair terms and their sums"
 
 
 def gauge(results: Results) -> Section:
@@ -35,30 +47,35 @@ def gauge(results: Results) -> Section:
     of_dictionary = [g for g in gauges if g.of_dictionary]
     known = any(model_type in g.families for g in of_model)
     whose = (
-        f"a {printable(model_type)} model" if known else "the families qklens reads (this run does not name its own)"
+        f"the {printable(model_type)} family" if known else "all families qklens reads (this run does not name its own)"
     )
     paragraphs = (
         "The same model can be written with other weights that give every prompt the same answers, and the same "
-        "dictionary with other directions that write the same vectors. A number that changes with the writing says "
-        f"how things are written, not what the model computes. Known here are {count(len(of_model), 'rewriting')} of "
-        f"{whose} and {len(of_dictionary)} of a dictionary; their effects are measured on small random models.",
+        "dictionary with other directions that add up to the same vectors. A number that such a rewriting changes "
+        f"tells how the weights are written, not what the model computes. Known are "
+        f"{count(len(of_model), 'rewriting')} for {whose} and {len(of_dictionary)} for a dictionary. What "
+        "each changes was measured on small random models.",
         _weights(of_model),
         _dictionary(of_dictionary),
     )
     return Section(
         "gauge",
-        "Gauge",
+        TITLE,
         "Which of these numbers depend on how the weights happen to be written?",
         paragraphs,
-        "Realised terms are weighted by the pattern on the correct option, contrastive ones by correct minus "
-        "incorrect, share-weighted ones by correct minus the whole pattern. Steering, patches and ablations are read "
-        "by the margin.",
+        "Realised terms weigh the tokens of the correct option by the head's attention to them; contrastive terms take "
+        "the incorrect option's off; share-weighted terms take all of the head's attention off. A bias term has a bias "
+        "on either side, an error share counts terms with the dictionary's error on either side, and a marginal sums a "
+        "source's terms over all its partners. Steering, patches and ablations are read by the margin. In the formulas "
+        "\u21a6 reads \u201cbecomes\u201d; E, W_O and W_out write the residual stream (embedding, attention, MLP), "
+        "\u03b3 and \u03b2 are a norm's gain and shift, \u03b5 is the number inside its root, d\u1d62 and a\u1d62 are "
+        "a feature's direction and activation, b after a semicolon is the dictionary's bias, 1 is a vector of ones.",
         (
             Table("By number", ("number", "model rewritten", "dictionary rewritten"), _by_quantity(gauges)),
             Table(
                 "By rewriting",
                 ("rewriting", "what it does", "formula", "what changes"),
-                tuple((_name(g), g.text, g.formula, listing(map(_words, g.changes))) for g in gauges),
+                tuple((_name(g), g.text, g.formula, listing(_grouped(g.changes))) for g in gauges),
             ),
         ),
     )
@@ -75,7 +92,10 @@ def _weights(gauges: Sequence[Gauge]) -> str:
     loose = _moved(gauges, DESCRIBES)
     if loose:
         told = (f"{listing(map(_words, quantities))} ({names})" for names, quantities in loose.items())
-        text += f" It also changes {listing(told)}: these describe the weights as given."
+        text += (
+            f" Rewriting the model does change {listing(told)}. This page prints these too; they describe the weights "
+            "as given. Names in brackets are rows of the second table."
+        )
     return text
 
 
@@ -84,9 +104,9 @@ def _dictionary(gauges: Sequence[Gauge]) -> str:
     moved = [quantity for quantity in RESTS_ON if any(quantity in g.changes for g in gauges)]
     kept = [quantity for quantity in RESTS_ON if quantity not in moved]
     return (
-        f"The dictionary is a choice of its own: rewriting it can change {listing(map(_words, moved))}. A claim about "
-        f"a pair is therefore a claim about a pair of this dictionary. Free of it {'is' if len(kept) == 1 else 'are'} "
-        f"{listing(map(_words, kept))}; that is why the verdict's rules are causal first."
+        f"Rewriting the dictionary can change {listing(map(_words, moved))}: a claim about a pair is a claim about a "
+        f"pair of this dictionary. It cannot change {listing(map(_words, kept))}; that is why the verdict's rules ask "
+        "for interventions first."
     )
 
 
@@ -118,7 +138,14 @@ def _name(gauge: Gauge) -> str:
 
 
 def _words(quantity: str) -> str:
-    return quantity.replace("_", " ")
+    return _WORDS.get(quantity, quantity)
+
+
+def _grouped(quantities: Sequence[Quantity]) -> list[str]:
+    """The quantities in words; where all pair terms are among them, they are told as one."""
+    together = set(_PAIR_TERMS) <= set(quantities)
+    words = [_ALL_PAIR_TERMS if together and quantity in _PAIR_TERMS else _words(quantity) for quantity in quantities]
+    return list(dict.fromkeys(words))
 
 
 def _upper(text: str) -> str:
