@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from functools import cache
 
+import jaxtyping
 import pytest
 import torch
 from gauge_readings import FLOAT32, HEAD, log_probabilities, read_all, read_terms
@@ -42,6 +43,22 @@ def exact():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "softmax", in_full)
         yield patch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plain_closures():
+    """A closure's shapes are checked by building the check each time it is made, a third of this file's time.
+
+    Functions of modules and classes stay checked here, and closures wherever else they run.
+    """
+    checked = jaxtyping.jaxtyped
+
+    def unless_closure(*, typechecker):
+        return lambda made: made if "<locals>" in made.__qualname__ else checked(made, typechecker=typechecker)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping, "jaxtyped", unless_closure)
+        yield
 
 
 @pytest.fixture(scope="module")
