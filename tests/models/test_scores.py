@@ -13,6 +13,7 @@ from qklens.dictionaries.directions import Directions
 from qklens.errors import QklensError
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
+from qklens.models.norms import NormMap
 from qklens.models.passes import Reads, run_pass
 from qklens.models.scores import offset_rotation, rotation, score_maps, virtual_interaction
 
@@ -108,6 +109,21 @@ def test_offset_rotation_is_the_relative_rotation(tiny_llama):
         pair = rotation(subject, 0, torch.tensor(p))(q) @ rotation(subject, 0, torch.tensor(j))(k)
         relative = offset_rotation(subject, 0, torch.tensor([p - j]))(q) @ k
         assert torch.allclose(pair, relative, atol=1e-5)
+
+
+def test_a_unit_vector_is_of_what_the_norm_lets_through():
+    """LayerNorm takes a direction's mean away before its length is taken; RMSNorm changes no bit of d / ‖d‖."""
+    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, 5)[:, None]
+    gamma = torch.linspace(0.5, 2, 32)
+    layer, rms = NormMap(centred=True, gamma=gamma), NormMap(centred=False, gamma=gamma)
+    assert torch.equal(rms.unit(rows), torch.nn.functional.normalize(rows, dim=-1))
+    unit = layer.unit(rows)
+    assert torch.allclose(unit.norm(dim=-1), torch.ones(5))
+    assert torch.allclose(unit.mean(dim=-1), torch.zeros(5), atol=1e-7)
+    assert torch.allclose(layer.unit(rows + 2 * rows.norm(dim=-1, keepdim=True)), unit, atol=1e-5)
+    assert not torch.allclose(rms.unit(rows + 2 * rows.norm(dim=-1, keepdim=True)), rms.unit(rows), atol=0.1)
+    constant = torch.tensor([0.0, 0.1, 3.7, -1e5])[:, None].expand(4, 33)
+    assert torch.equal(NormMap(centred=True).unit(constant), torch.zeros(4, 33))
 
 
 def test_virtual_interaction_ignores_scale_and_keeps_sign(tiny_llama):

@@ -75,6 +75,8 @@ def qk_rows(selected: list[tuple[int, int]], rng: random.Random, names: dict[str
                         "q": 0.008 if abs(z) > 2 else 0.8,
                         "query_role": query,
                         "key_role": key,
+                        "n_draws": 1000,
+                        "seed": 7,
                     }
                 )
             edges = [-0.08 + 0.004 * i for i in range(41)]

@@ -65,7 +65,7 @@ def pages(
 def test_every_page_parses_and_has_every_section(pages: dict[str, str]) -> None:
     for name, text in pages.items():
         page = Page(text)
-        for stage in (*STAGES, "verdict", "summary", "completeness", "methods", "provenance"):
+        for stage in (*STAGES, "verdict", "summary", "completeness", "gauge", "methods", "provenance"):
             assert stage in page.ids, (name, stage)
             assert ("a", {"href": f"#{stage}"}) in [(t, {"href": a.get("href")}) for t, a in page.tags], (name, stage)
         assert len(page.ids) == len(set(page.ids)), name
@@ -121,7 +121,7 @@ def test_numbers_on_the_page_are_the_results_numbers(pages: dict[str, str], outc
     assert "100% \u2192 48.1%" in text
     assert "On 258 prompts per condition (129 items in both option orders)" in text
     assert "restore 94% of the lost margin" in text
-    assert "13.7%" in text
+    assert "13.7% of the summed size of all contrastive terms" in text
     assert "3.1e\u22126" in text
     z = [
         r.z

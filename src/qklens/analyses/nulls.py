@@ -9,7 +9,7 @@ Negative z: the pair suppresses attention more than pairs of the null do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qklens.analyses.written import WrittenPrompt
 from qklens.errors import QklensError
+from qklens.models.norms import NormMap
 from qklens.models.scores import Rotation, ScoreMaps, virtual_interaction
 
 NullName = Literal["random_pairs", "matched", "fixed_query", "fixed_key", "rotated", "random_dictionary"]
@@ -49,6 +50,12 @@ class Population:
     def is_small(self) -> bool:
         """Too few features to draw random pairs from."""
         return int(self.alive.sum()) < SMALL_SOURCE
+
+    def through(self, norm: NormMap) -> Population:
+        """The same features and covariance as a norm reads them, C d and C S; equal to this one under RMSNorm."""
+        if not norm.centred:
+            return self
+        return replace(self, vectors=norm.centre(self.vectors), covariance_root=norm.centre(self.covariance_root.T).T)
 
     def from_covariance(self, n: int, generator: torch.Generator) -> Tensor:
         """Directions drawn within the residual's covariance."""
@@ -138,6 +145,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.query)
 
+    def through(self, norm: NormMap) -> Pairs:
+        """The same pairs as a norm reads them."""
+        return replace(self, query=norm.centre(self.query), key=norm.centre(self.key))
+
 
 def feature_pairs(queries: Population, keys: Population, index: Sequence[tuple[int, int]]) -> Pairs:
     """Pairs of features by their indices, query first."""
@@ -182,6 +193,8 @@ def null_tests(
 ) -> list[NullTest]:
     """Test pairs at one head against a null.
 
+    Directions count as the input norm reads them: under LayerNorm without their mean, which nothing sees.
+
     `random_pairs`: random alive features on both sides (the source study's). `matched`: both sides alike in frequency
     and norm. `fixed_query`, `fixed_key`: that side held. `rotated`: both directions turned at random within the
     residual's covariance at that side's tokens (whitened, rotated, coloured again: for a unit vector the same as a draw
@@ -195,6 +208,7 @@ def null_tests(
         raise QklensError(f"null {null!r} is unknown; expected one of {list(NULLS)}")
     if n < MIN_PAIRS:
         raise QklensError(f"null {null!r} with {n} pairs; expected at least {MIN_PAIRS}")
+    queries, keys, pairs = queries.through(maps.norm), keys.through(maps.norm), pairs.through(maps.norm)
     values = virtual_interaction(maps, head, turn, pairs.query, pairs.key).cpu()
     small = (queries.is_small or keys.is_small) and null in ("random_pairs", "matched", "fixed_query", "fixed_key")
     note = "the source is small: random directions come from the residual's covariance" if small else None

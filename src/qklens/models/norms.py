@@ -51,18 +51,33 @@ class NormMap:
         """σ(x) = sqrt(mean (C x)² + ε)."""
         if self.gamma is None:
             return torch.ones_like(x[..., 0])
-        return (self._centre(x).pow(2).mean(dim=-1) + self.epsilon).sqrt()
+        return (self.centre(x).pow(2).mean(dim=-1) + self.epsilon).sqrt()
 
     def linear(self, x: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
         """C x ⊙ γ: what is left of the norm when σ is held and β is a source of its own."""
-        return x if self.gamma is None else self._centre(x) * self.gamma
+        return x if self.gamma is None else self.centre(x) * self.gamma
 
     def fold(self, weight: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
         """W ↦ W γ C, so that (W γ C) x = W (C x ⊙ γ)."""
-        return weight if self.gamma is None else self._centre(weight * self.gamma)
+        return weight if self.gamma is None else self.centre(weight * self.gamma)
 
-    def _centre(self, x: Tensor) -> Tensor:
+    def centre(self, x: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
+        """C x: x − mean(x) under LayerNorm, x itself under RMSNorm."""
         return x - x.mean(dim=-1, keepdim=True) if self.centred else x
+
+    def unit(self, directions: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
+        """C d / ‖C d‖: the unit vector of what the norm lets through of a direction, zero where nothing is left.
+
+        LayerNorm takes the mean away, so d and d + m 1 write the same as far as anything that reads the stream can
+        tell, and must have the same unit vector: d / ‖d‖ would be shorter by √(1 + m² d_model / ‖C d‖²) for no reason
+        that the model knows of.
+        """
+        seen = self.centre(directions)
+        unit = torch.nn.functional.normalize(seen, dim=-1)
+        if not self.centred:
+            return unit
+        rounding = 8 * torch.finfo(seen.dtype).eps * directions.norm(dim=-1, keepdim=True)
+        return unit.where(seen.norm(dim=-1, keepdim=True) > rounding, 0)
 
 
 def norm_map(rule: NormRule, module: nn.Module | None, dtype: torch.dtype) -> NormMap:

@@ -164,6 +164,10 @@ class ScoreMaps:
         sigma = self.norm.scale(residual)
         return Scales(sigma, self.query_side.rms(residual, sigma), self.key_side.rms(residual, sigma))
 
+    def unit(self, directions: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
+        """Unit vectors of directions as the input norm reads them, in the maps' dtype: see `NormMap.unit`."""
+        return self.norm.unit(directions.to(self.query_side.weight.dtype))
+
     def query(self, source: Float[Tensor, "*any d_model"], head: int) -> Float[Tensor, "*any d_head"]:
         """The query map of a source for one head; divide by σ ρ and rotate to meet a key."""
         return self.query_side.source(source, head)
@@ -289,17 +293,18 @@ def virtual_interaction(
 ) -> Float[Tensor, "*#rows"]:
     """Weights-only interaction of unit directions, row by row: c ⟨R̄ W_Q γ q̂, W_K γ k̂⟩; no activations, no σ.
 
-    One query row meets every key row.
+    q̂ and k̂ are `ScoreMaps.unit` of the two: of length one after the input norm's centring, where it centres. One query
+    row meets every key row.
     """
-    unit_query = torch.nn.functional.normalize(query.to(maps.query_side.weight.dtype), dim=-1)
-    unit_key = torch.nn.functional.normalize(key.to(maps.key_side.weight.dtype), dim=-1)
-    return maps.scale * (turn(maps.query(unit_query, head)) * maps.key(unit_key, head)).sum(dim=-1)
+    return maps.scale * (turn(maps.query(maps.unit(query), head)) * maps.key(maps.unit(key), head)).sum(dim=-1)
 
 
 def virtual_reader(
     maps: ScoreMaps, head: int, turn: Rotation, fixed: Float[Tensor, " d_model"], side: Literal["query", "key"]
 ) -> Float[Tensor, " d_model"]:
     """The vector r in the stream with virtual interaction ⟨d̂, r⟩ for every unit direction d̂ on the other side.
+
+    Unit as `ScoreMaps.unit` has it: centred first, where the input norm centres.
 
     Held as a query q̂: r = c W̃_Kᵀ R̄ W̃_Q q̂. Held as a key k̂: r = c W̃_Qᵀ R̄ᵀ W̃_K k̂. W̃ holds all gains of its side.
 
@@ -310,7 +315,7 @@ def virtual_reader(
         fixed: the direction held; its length does not matter.
         side: where `fixed` is held.
     """
-    unit = torch.nn.functional.normalize(fixed.to(maps.query_side.weight.dtype), dim=-1)
+    unit = maps.unit(fixed)
     if side == "query":
         return maps.scale * maps.key_side.adjoint(turn(maps.query(unit, head)), maps.kv_head(head))
     return maps.scale * maps.query_side.adjoint(turn.transposed()(maps.key(unit, head)), head)

@@ -18,6 +18,7 @@ from qklens.files import atomic_write
 from qklens.report import story
 from qklens.report.figures import draw
 from qklens.report.story import closing
+from qklens.report.story.gauge import gauge
 from qklens.report.text import number, printable
 from qklens.studies.results import Results
 
@@ -48,6 +49,7 @@ def render(results: Results, manifest: Mapping[str, Any], figures: Mapping[str, 
         sections=story.sections(results),
         figures=drawn,
         completeness=closing.completeness(results),
+        gauge=gauge(results),
         methods=closing.METHODS,
         provenance=closing.provenance(results, manifest),
     )

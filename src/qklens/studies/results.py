@@ -222,7 +222,9 @@ class Completeness(Strict):
     """Sum of all pair terms against the model's own score, over all heads."""
 
     max_relative_error: float
-    error_share: float = Field(description="share of sum |term| with an error on either side, at the selected heads")
+    error_share: float = Field(
+        description="share of sum |contrastive term| with an error on either side, mean over selected heads, conditions"
+    )
     max_relative_error_by_head: list[list[float]] = Field(description="[layer][head]")
     n_scores: int
 

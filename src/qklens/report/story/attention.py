@@ -6,6 +6,7 @@ from qklens.report.figures.interactions import ranked
 from qklens.report.figures.style import pair_words
 from qklens.report.figures.zscores import nulls_shown
 from qklens.report.story import pull
+from qklens.report.story.gauge import TITLE
 from qklens.report.story.parts import Section, Table, empty
 from qklens.report.text import (
     count,
@@ -137,7 +138,7 @@ def interactions(results: Results) -> Section:
     if results.completeness is not None:
         paragraphs.append(
             f"Terms with a dictionary error on either side make up {percent(results.completeness.error_share)} of "
-            "the summed size of all terms at these heads; they are listed like any other source."
+            "the summed size of all contrastive terms at these heads; they are listed like any other source."
         )
     rows = ranked(results.interactions, "contrastive", 12) + ranked(results.interactions, "realised", 12)
     table = Table(
@@ -163,8 +164,8 @@ def interactions(results: Results) -> Section:
         tuple(paragraphs),
         "A term is one (query source, key source) part of the score before softmax, after the model's own scale, "
         "mean over the report half's prompts; all terms of a score sum to it. Contrastive: score of the correct "
-        "option minus score of the incorrect one. Negative lowers attention. Attribution shares depend on the gauge "
-        "(see Methods).",
+        "option minus score of the incorrect one. Negative lowers attention. How much of this depends on how the "
+        f"weights are written is told under \u201c{TITLE}\u201d.",
         (table,),
     )
 

@@ -36,12 +36,6 @@ METHODS: tuple[tuple[str, str], ...] = (
         "explains nothing.",
     ),
     (
-        "Gauge",
-        "Attribution shares are not invariant: the same model written with other dictionary directions, biases or a "
-        "rescaled query\u2013key space splits the same score differently. The sum is fixed; the parts are a reading. "
-        "Patching, ablation and steering decide.",
-    ),
-    (
         "Norms",
         "The decomposition holds every normalisation's scale at its observed value. Causal checks recompute it.",
     ),
@@ -126,8 +120,9 @@ def completeness(results: Results) -> tuple[str, ...]:
         f"Over {count(found.n_scores, 'score')} of all heads, the sum of all pair terms differs from the model's own "
         f"score before softmax by at most {number(found.max_relative_error)} of the largest score in size, {verdict} "
         "(float32).",
-        f"Terms with an error on either side are {percent(found.error_share)} of the summed size of all terms at the "
-        "selected heads.",
+        f"Contrastive terms with an error on either side are {percent(found.error_share)} of the summed size of all "
+        "contrastive terms at the selected heads. Realised terms are not counted: the size of their biases depends on "
+        "how the weights are written.",
     )
 
 

@@ -41,7 +41,8 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None, named: Mapping[str,
             written = lab.written(condition, "report", layer)
             for weighting in (REALISED, CONTRASTIVE):
                 means = mean_terms(lens, lab.prompts(condition, "report"), written, weighting)
-                error_shares.append(means.error_share())
+                if weighting is CONTRASTIVE:
+                    error_shares.append(means.error_share())
                 pairs = means.top(TOP_PAIRS)
                 shown = {(q, k) for q, k, _ in pairs}
                 for q in roles.chosen.values():
