@@ -25,6 +25,7 @@ from qklens.interventions.steer import Head
 MAX_CANDIDATES = 12
 MIN_SCORE = 0.02
 MAX_SELECTED = 8
+_TOGETHER = 32
 
 
 def candidate_heads(difference: Float[Tensor, "layer head"], letter_logit: Float[Tensor, "layer head"]) -> list[Head]:
@@ -74,11 +75,13 @@ def effects_alone(
     work: Workset, heads: Sequence[Head], edit: Callable[[Head], Intervention], tick: Callable[[], None] = lambda: None
 ) -> Float[Tensor, "prompt head"]:
     """The margin with one head edited less the margin without, for each head by itself; `tick` after each."""
-    clean, columns = work.margins(), []
-    for head in heads:
-        columns.append(work.margins([edit(head)]) - clean)
-        tick()
-    return torch.stack(columns, dim=1)
+    clean, rows = work.margins(), []
+    for begin in range(0, len(heads), _TOGETHER):
+        some = heads[begin : begin + _TOGETHER]
+        rows.append(work.margins_each([edit(head) for head in some]) - clean)
+        for _ in some:
+            tick()
+    return torch.cat(rows).T
 
 
 def first_heads(ranked: Sequence[Head]) -> list[tuple[Head, ...]]:

@@ -53,19 +53,20 @@ def heads(table: HeadTable, top: int, figure: Path | None) -> None:
             for r in table.heads[:top]
         ],
     )
-    low, high = table.held_out_ci
-    what = (
-        "their clean patterns win back {share} of the margin lost under harm"
-        if by_patch
-        else "nothing is lost under harm; ablating them takes {share} of the margin without it"
-    )
-    share = f"{100 * table.held_out_share:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
+    done = "giving their clean patterns back under harm" if by_patch else "ablating them without pressure"
+    found = f"{done} changes the margin by {_signed(table.held_out_effect if by_patch else -table.held_out_effect)}"
+    if table.held_out_share is not None and table.held_out_share_ci is not None:
+        low, high = table.held_out_share_ci
+        of = "of what harm takes" if by_patch else "of it"
+        found += f", {100 * table.held_out_share:.0f}% [{100 * low:.0f}, {100 * high:.0f}] {of}"
+    else:
+        found += "; neither is the margin clearly above zero without pressure, nor does it fall under harm"
     lines += [
         "",
         "attends: attention on the correct - incorrect option, its parts, and the same under harm. QK-score: of",
         "scores. copies: logits written towards the correct letter. ablated, patched (under harm, its pattern from",
         "the bare question): change of the margin in logits. folds: in how many it is chosen, one part left out each.",
-        f"on items left out: {what.format(share=share)}",
+        f"on items left out: {found}",
     ]
     lines += [f"map: {figure}"] if figure else []
     _write(lines + ([""] + [printable(row["words"]) for row in table.text] if table.text else []))

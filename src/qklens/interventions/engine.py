@@ -18,12 +18,14 @@ from qklens.data.render import Prompt
 from qklens.errors import QklensError
 from qklens.interventions.steer import Steer
 from qklens.models.batch import Batch, left_padded
-from qklens.models.edits import Edit, ScoreEdit, VectorEdit
+from qklens.models.edits import Edit, ScoreEdit, VectorEdit, on_rows
 from qklens.models.passes import NO_READS, Prefix, Reads, run_pass
 from qklens.models.subject import Subject
 
 TOKENS_PER_BATCH = 4096
 CACHE_BYTES = 1 << 30
+ROWS_AT_ONCE = 256
+TILED_BYTES = 1 << 29
 
 
 @runtime_checkable
@@ -64,8 +66,8 @@ class Workset:
         if not prompts:
             raise QklensError("there are no prompts to run; check --items and the data file")
         self.subject, self.prompts = subject, tuple(prompts)
-        per_token = 2 * subject.n_layers * subject.n_kv_heads * subject.d_head * 4
-        self.reuse = reuse and per_token * sum(len(p.tokens) for p in prompts) <= CACHE_BYTES
+        self._per_token = 2 * subject.n_layers * subject.n_kv_heads * subject.d_head * 4
+        self.reuse = reuse and self._per_token * sum(len(p.tokens) for p in prompts) <= CACHE_BYTES
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
         self.chunks: list[_Chunk] = []
         while order:
@@ -110,9 +112,8 @@ class Workset:
             sinks = reads(chunk.index, chunk.batch) if reads else NO_READS
             whole = reads is not None or not self.reuse or not flat
             start = 0 if whole else _first_column(flat, chunk.batch)
-            if start > 0 and chunk.prefix is None:
-                chunk.prefix = run_pass(self.subject, chunk.batch, keep_prefix=True).prefix
-                self.columns_run += chunk.batch.width * len(chunk.index)
+            if start > 0:
+                self._prefix(chunk)
             keep = self.reuse and not flat and chunk.prefix is None
             out = run_pass(self.subject, chunk.batch, flat, sinks, prefix=chunk.prefix, start=start, keep_prefix=keep)
             self.columns_run += (chunk.batch.width - start) * len(chunk.index)
@@ -122,11 +123,7 @@ class Workset:
                 changed[which] |= sum(next(flags) for _ in group) > 0
             for row, i in enumerate(chunk.index):
                 rows[i] = out.logits[row]
-        for intervention, did in zip(active, changed, strict=True):
-            if not did:
-                raise QklensError(
-                    f"intervention {intervention.describe()} changed no value in any of {len(self)} prompts"
-                )
+        self._refuse_idle(active, changed)
         stacked = torch.stack(rows)
         if not active:
             self._clean = stacked
@@ -135,6 +132,57 @@ class Workset:
     def margins(self, interventions: Sequence[Intervention] = ()) -> Float[Tensor, " prompt"]:
         """logit(correct letter) − logit(incorrect letter) at the answer position, on the CPU in float32."""
         return letter_margins(self.logits(interventions), self.prompts)
+
+    def margins_each(self, interventions: Sequence[Intervention]) -> Float[Tensor, "intervention prompt"]:
+        """The margins under each intervention by itself, many of them to a pass: their rows stand below one another.
+
+        The same as `margins([intervention])` for each; weights are read once for many, and prompts' beginnings not run.
+
+        Raises:
+            QklensError: an intervention changed no value in any batch.
+        """
+        result = torch.empty(len(interventions), len(self.prompts))
+        changed = [False] * len(interventions)
+        for chunk in self.chunks:
+            n = len(chunk.index)
+            at_once = max(1, min(ROWS_AT_ONCE // n, TILED_BYTES // (self._per_token * n * chunk.batch.width)))
+            at_once = at_once if self.reuse else 1
+            for begin in range(0, len(interventions), at_once):
+                some = interventions[begin : begin + at_once]
+                edits = [i.edits(self.subject, chunk.prompts, chunk.batch, chunk.index) for i in some]
+                owners = [begin + k for k, group in enumerate(edits) for _ in group]
+                flat = [on_rows(e, k * n, n, len(some) * n) for k, group in enumerate(edits) for e in group]
+                start = _first_column([e for group in edits for e in group], chunk.batch) if self.reuse else 0
+                out = run_pass(
+                    self.subject,
+                    chunk.batch.repeat(len(some)),
+                    flat,
+                    prefix=self._prefix(chunk).repeat(len(some)) if start else None,
+                    start=start,
+                )
+                self.columns_run += (chunk.batch.width - start) * n * len(some)
+                for owner, did in zip(owners, out.changed, strict=True):
+                    changed[owner] |= did
+                margins = letter_margins(out.logits, chunk.prompts * len(some)).view(len(some), n)
+                result[begin : begin + len(some), list(chunk.index)] = margins
+        self._refuse_idle(interventions, changed)
+        return result
+
+    def _prefix(self, chunk: _Chunk) -> Prefix:
+        """A chunk's clean keys and values, run when first asked for."""
+        if chunk.prefix is None:
+            chunk.prefix = run_pass(self.subject, chunk.batch, keep_prefix=True).prefix
+            self.columns_run += chunk.batch.width * len(chunk.index)
+        if chunk.prefix is None:
+            raise AssertionError("a pass that keeps its prefix returns it")
+        return chunk.prefix
+
+    def _refuse_idle(self, interventions: Sequence[Intervention], changed: Sequence[bool]) -> None:
+        for intervention, did in zip(interventions, changed, strict=True):
+            if not did:
+                raise QklensError(
+                    f"intervention {intervention.describe()} changed no value in any of {len(self)} prompts"
+                )
 
 
 def letter_margins(logits: Float[Tensor, "prompt vocab"], prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:

@@ -52,6 +52,10 @@ class Prefix:
 
     pairs: tuple[tuple[Tensor, Tensor], ...]
 
+    def repeat(self, times: int) -> Prefix:
+        """All rows again, `times` times below one another."""
+        return Prefix(tuple((k.repeat(times, 1, 1, 1), v.repeat(times, 1, 1, 1)) for k, v in self.pairs))
+
 
 @dataclass(frozen=True, eq=False)
 class Outcome:

@@ -77,7 +77,7 @@ class HeldOut(Strict):
     items: int
     heads: list[Head]
     effect: float = Field(description="their joint effect on the margin, in logits")
-    share: float = Field(description="the same as a share of what there is to win, or to lose")
+    share: float | None = Field(description="the same as a share of what there is to win, or to lose; null for nothing")
     attention_difference: float = Field(description="mean over these heads, under none")
     letter_logit: float = Field(description="sum over these heads, under none")
 
@@ -93,8 +93,13 @@ class HeadTable(Strict):
     )
     margin: dict[Condition, float]
     folds: list[HeldOut]
-    held_out_share: float = Field(description="over all folds left out")
-    held_out_ci: Interval
+    held_out_effect: float = Field(description="over all folds left out, in logits")
+    held_out_effect_ci: Interval
+    held_out_share: float | None = Field(
+        description="the same as a share; null where the whole is not clearly above zero (no loss under harm and no "
+        "margin without it)"
+    )
+    held_out_share_ci: Interval | None
     heads: list[HeadCandidate] = Field(description="all heads, by folds and then by effect")
     text: list[dict[str, Any]] = Field(default_factory=list, description="chosen heads on ordinary text (--text)")
 
@@ -112,6 +117,12 @@ class _Effects:
     together: Callable[[tuple[Head, ...]], Tensor]
     alone: Tensor
     whole: Tensor
+    seed: int
+
+    @property
+    def worth(self) -> bool:
+        """Whether there is anything to win or lose: the whole is clearly above zero."""
+        return bootstrap_mean(_by_item(self.whole)[:, 0], self.seed)[0] > 0
 
     def __post_init__(self) -> None:
         self._known: dict[frozenset[Head], Tensor] = {}
@@ -153,15 +164,14 @@ def head_table(
     readings = {c: lab.attention(c, "all") for c in CONDITIONS}
     step = tick(2 * len(every))
     patch, ablation = _patch(lab, every, step), _ablation(lab, every, step)
-    lost = _by_item(readings["none"].margins - readings["harm"].margins)
-    by_patch = bootstrap_mean(lost[:, 0], lab.seed)[0] > 0
+    by_patch = patch.worth
     ranking = patch if by_patch else ablation
     held = [_held_out(lab, ranking, fold == number) for number in range(folds)]
     chosen_in = {h: sum(h in row.heads for row in held) for h in every}
     rows = [_row(lab, h, i, patch, ablation, chosen_in[h]) for i, h in enumerate(every)]
     effect: Callable[[HeadCandidate], float] = lambda r: r.patch_gain if by_patch else r.ablation_drop  # noqa: E731
     chosen = [h for h in every if chosen_in[h]]
-    share, interval = _pooled(lab, ranking, fold, held)
+    effect_items, share, interval = _pooled(lab, ranking, fold, held)
     return HeadTable(
         model=lab.subject.describe(),
         data={**lab.dataset.describe(), "letter_form": lab.form.name},
@@ -169,8 +179,10 @@ def head_table(
         ranked_by="patch_gain" if by_patch else "ablation_drop",
         margin={c: float(readings[c].margins.mean()) for c in CONDITIONS},
         folds=held,
+        held_out_effect=float(effect_items.mean()),
+        held_out_effect_ci=bootstrap_mean(effect_items, lab.seed),
         held_out_share=share,
-        held_out_ci=interval,
+        held_out_share_ci=interval,
         heads=sorted(rows, key=lambda r: (-r.chosen_in, -effect(r))),
         text=[] if text is None else [asdict(row) for row in heads_on_file(lab, chosen, text)],
     )
@@ -189,6 +201,7 @@ def _patch(lab: Lab, every: Sequence[Head], step: Callable[[], None]) -> _Effect
         together=lambda heads: harm.margins([some(heads)]) - harm.margins(),
         alone=effects_alone(harm, every, lambda head: some([head]), step),
         whole=lab.attention("none", "all").margins - harm.margins(),
+        seed=lab.seed,
     )
 
 
@@ -204,6 +217,7 @@ def _ablation(lab: Lab, every: Sequence[Head], step: Callable[[], None]) -> _Eff
         together=lambda heads: calm.margins() - calm.margins([some(heads)]),
         alone=-effects_alone(calm, every, lambda head: some([head]), step),
         whole=calm.margins(),
+        seed=lab.seed,
     )
 
 
@@ -223,20 +237,24 @@ def _held_out(lab: Lab, effects: _Effects, test: np.ndarray) -> HeldOut:
         items=int(test.sum()),
         heads=list(chosen),
         effect=float(gained.mean()),
-        share=_share(float(gained.mean()), float(whole.mean())) or 0.0,
+        share=_share(float(gained.mean()), float(whole.mean())) if effects.worth else None,
         attention_difference=float(none.difference[rows][:, layers, heads].mean()),
         letter_logit=float(none.letter_logit[rows][:, layers, heads].sum(dim=1).mean()),
     )
 
 
-def _pooled(lab: Lab, effects: _Effects, fold: np.ndarray, held: Sequence[HeldOut]) -> tuple[float, Interval]:
-    """The share over all held-out items: each item under the heads chosen without it."""
+def _pooled(
+    lab: Lab, effects: _Effects, fold: np.ndarray, held: Sequence[HeldOut]
+) -> tuple[Array, float | None, Interval | None]:
+    """The effect on each item under the heads chosen without it, and its share of the whole with an interval."""
     gained = torch.zeros_like(effects.whole)
     for number, row in enumerate(held):
         rows = torch.from_numpy(np.repeat(fold == number, 2))
         gained[rows] = effects.joint(tuple(row.heads))[rows]
     above, below = _by_item(gained)[:, 0], _by_item(effects.whole)[:, 0]
-    return _share(above.sum(), below.sum()) or 0.0, bootstrap_ratio(above, below, lab.seed)
+    if not effects.worth:
+        return above, None, None
+    return above, _share(above.sum(), below.sum()), bootstrap_ratio(above, below, lab.seed)
 
 
 def _row(lab: Lab, head: Head, index: int, patch: _Effects, ablation: _Effects, chosen_in: int) -> HeadCandidate:
@@ -247,7 +265,6 @@ def _row(lab: Lab, head: Head, index: int, patch: _Effects, ablation: _Effects, 
     parts = dict(zip(OPTION_PARTS, none.part_difference[:, layer, h].T, strict=True))
     scores = dict(zip(OPTION_PARTS, none.score_difference[:, layer, h].T, strict=True))
     lost = patch.whole
-    fell = bootstrap_mean(_by_item(lost)[:, 0], lab.seed)[0] > 0
     return HeadCandidate(
         layer=layer,
         head=h,
@@ -261,7 +278,7 @@ def _row(lab: Lab, head: Head, index: int, patch: _Effects, ablation: _Effects, 
         ablation_ci=_interval(drop, lab.seed),
         patch_gain=float(gain.mean()),
         patch_ci=_interval(gain, lab.seed),
-        restores_when_patched=_share(float(gain.mean()), float(lost.mean())) if fell else None,
+        restores_when_patched=_share(float(gain.mean()), float(lost.mean())) if patch.worth else None,
         chosen_in=chosen_in,
     )
 
