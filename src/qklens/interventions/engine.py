@@ -101,7 +101,7 @@ class Workset:
         Raises:
             QklensError: an intervention changed no value in any batch.
         """
-        active = [i for i in interventions if not (isinstance(i, Steer) and i.is_identity)]
+        active = [i for i in interventions if not _is_identity(i)]
         if not active and reads is None and self._clean is not None:
             return self._clean
         rows: list[Tensor] = [torch.empty(0)] * len(self.prompts)
@@ -142,7 +142,7 @@ class Workset:
             QklensError: an intervention changed no value in any batch.
         """
         result = torch.empty(len(interventions), len(self.prompts))
-        changed = [False] * len(interventions)
+        changed = [_is_identity(i) for i in interventions]
         for chunk in self.chunks:
             n = len(chunk.index)
             at_once = max(1, min(ROWS_AT_ONCE // n, TILED_BYTES // (self._per_token * n * chunk.batch.width)))
@@ -190,6 +190,11 @@ def letter_margins(logits: Float[Tensor, "prompt vocab"], prompts: Sequence[Prom
     ids = torch.tensor([p.letter_ids for p in prompts], device=logits.device)
     pair = logits.float().gather(1, ids)
     return (pair[:, 0] - pair[:, 1]).cpu()
+
+
+def _is_identity(intervention: Intervention) -> bool:
+    """Whether it says itself that it changes nothing."""
+    return isinstance(intervention, Steer) and intervention.is_identity
 
 
 def _first_column(edits: Sequence[Edit], batch: Batch) -> int:
