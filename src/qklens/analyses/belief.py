@@ -78,8 +78,12 @@ def rank_belief(
 
 
 def best_belief(candidates: Sequence[BeliefCandidate], k: int) -> list[BeliefCandidate]:
-    """The k best candidates of several layers, best first."""
-    return sorted(candidates, key=lambda c: (-c.paired_auc, -c.steadiness, c.layer, c.feature))[:k]
+    """The k best candidates of several layers, best first; one that reads alike in several layers stands once."""
+    ordered = sorted(candidates, key=lambda c: (-c.paired_auc, -c.steadiness, c.layer, c.feature))
+    once: dict[tuple[int, float, float], BeliefCandidate] = {}
+    for candidate in ordered:
+        once.setdefault((candidate.feature, candidate.paired_auc, candidate.difference), candidate)
+    return list(once.values())[:k]
 
 
 def read_belief(

@@ -145,7 +145,8 @@ class Lab:
 
     def activation_readings(self, half: Half, layer: int) -> Readings:
         """The source's activations at every token, in decoder-norm units, for the contrasts."""
-        norms = self.source.directions(layer).norm(dim=-1)
+        directions = self.source.directions(layer)
+        norms = self.subject.input_norm(layer, torch.float32).centre(directions.float()).norm(dim=-1)
 
         def read(condition: Spoken, prompt: int, positions: Sequence[int]) -> Tensor:
             values = self.written(condition, half, layer)[prompt].active.at(positions)
