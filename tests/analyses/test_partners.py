@@ -176,6 +176,21 @@ def test_equal_directions_are_listed_by_index_also_across_blocks():
     assert found.lowest.index.tolist() == found.highest.index.tolist() == [list(range(40))] * 2
 
 
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("rising", [True, False])
+def test_lists_are_exact_where_every_value_beats_the_last(rising):
+    """In twos that are equal, so that everything is a candidate at one end and nothing at the other."""
+    steps = torch.linspace(-1, 1, 1000, dtype=torch.float64).repeat_interleave(2)
+    rows = torch.stack([steps, (1 - steps**2).sqrt()], dim=1)
+    order = torch.arange(2000) if rising else torch.arange(2000).flip(0)
+    units = UnitDirections(rows[order], torch.ones(2000, dtype=torch.bool))
+    readers = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    found = rank_partners([[units]], [readers], 5)
+    values = units.rows @ readers.T
+    for end, largest in ((found.lowest, False), (found.highest, True)):
+        assert end.index.tolist() == dense(units, values, 5, largest)[0] * 2
+
+
 def test_past_the_last_feature_there_is_nothing():
     found = rank_partners([[unit_directions(torch.eye(3))]], [torch.tensor([[1.0, -2.0, 0.5]])], 50)
     assert found.highest.index.tolist() == [[0, 2, 1]] * 2

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qklens.analyses.partners import rank_partners
+from qklens.dictionaries import decoder_file
 from qklens.dictionaries.crosscoder import CONFIG_FILE, WEIGHTS_FILE, Crosscoder, load_crosscoder, save_crosscoder
 from qklens.dictionaries.decoder_file import open_decoder
 from qklens.dictionaries.unit import unit_directions
@@ -26,8 +27,9 @@ def saved(folder: Path, dtype: torch.dtype = torch.float32, group: int = 70) -> 
 
 @pytest.mark.parametrize("size", [1, 64, 99, 210, 1000])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_are_the_dictionary_s_unit_directions(tmp_path, dtype, size):
-    """In memory and from disk, at layers out of order, with zero rows for later readers."""
+def test_blocks_are_the_dictionary_s_unit_directions(tmp_path, monkeypatch, dtype, size):
+    """In memory and from disk, at layers out of order, with zero rows for later readers, converted in pieces."""
+    monkeypatch.setattr(decoder_file, "_AT_ONCE", 32)
     loaded = saved(tmp_path, dtype)
     layers = (5, 0)
     rows, present, sizes = [[], []], [[], []], []

@@ -21,8 +21,9 @@ from qklens.errors import QklensError
 Block = Sequence[UnitDirections]
 """The same features in every group of heads: one member a group."""
 
-_TILE, _STRETCH = 1 << 11, 1 << 14
-"""Features whose interactions with hundreds of heads stay in a core's cache, and in the cache that cores share."""
+_TILE, _STRETCH = 1 << 12, 1 << 14
+"""Features whose interactions with all heads are read while they lie in the cache that cores share, and features
+whose interactions fit there. Smaller tiles save fewer misses than their calls, each from a cold start, cost."""
 _ON_DEVICE = 1 << 17
 
 
@@ -102,9 +103,10 @@ def rank_partners(blocks: Iterable[Block], readers: Sequence[Float[Tensor, "_hea
         raise QklensError("no feature to rank; expected a dictionary with at least one")
     columns = [*(group.columns for group in groups), mean]
     places = min(k, n_features)
+    lowest, highest = zip(*(c.ranked(places) for c in columns), strict=True)
     return Partners(
-        lowest=Ranked(*map(torch.cat, zip(*(c.lowest.ranked(places) for c in columns), strict=True))),
-        highest=Ranked(*map(torch.cat, zip(*(c.highest.ranked(places) for c in columns), strict=True))),
+        lowest=Ranked(*map(torch.cat, zip(*lowest, strict=True))),
+        highest=Ranked(*map(torch.cat, zip(*highest, strict=True))),
         count=torch.tensor([c.count for c in columns]).repeat_interleave(torch.tensor([*map(len, readers), 1])),
         mean=torch.cat([c.mean() for c in columns]),
         sd=torch.cat([c.sd() for c in columns]),
@@ -124,13 +126,14 @@ class _Group:
         where = units.present.nonzero()[:, 0]
         if not len(where):
             return
-        rows = units.rows if len(where) == len(units) else units.rows[where]
+        skips = len(where) < len(units)
+        rows = units.rows[where] if skips else units.rows
         for i, part in enumerate(rows.split(self._tile)):
             values = self.columns.tile(i, len(part))
             torch.mm(self._readers, part.T, out=values)
             self.columns.glance(i, len(part))
             begin = i * self._tile
-            total[where[begin : begin + len(part)]] += values[-1]
+            total[where[begin : begin + len(part)] if skips else slice(begin, begin + len(part))] += values[-1]
         self.columns.collect(where + offset)
 
 

@@ -1,15 +1,15 @@
 """Exact top lists and moments of many columns at once, from values that come in stretches and are not kept.
 
-A stretch is cut into runs of 64 values. In the first, a column's first k values lie in the k runs with the largest
-extremes, or in a run that equals the last of these; later, in a run that beats the k-th value so far. Only such runs
-are looked into. Of n values in any order about k ln(n / k) ever beat the k-th so far.
+A stretch is cut into runs of 64 values. In the first, a column's first k values are at least the k-th largest of the
+runs' extremes; later, they beat the k-th value so far. Only runs that reach this are looked into. Of n values in any
+order about k ln(n / k) ever beat the k-th so far; they are kept as they come, and sorted once at the end.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 RUN = 64
@@ -33,11 +33,11 @@ class ColumnLists:
     def __init__(self, n_columns: int, k: int, tile: int, n_tiles: int, like: Tensor, n_rows: int = 0) -> None:
         self._n_columns = n_columns
         self._tiles = like.new_empty(n_tiles, n_rows or n_columns, tile)
-        self._low, self._high = (like.new_empty(n_columns, n_tiles, tile // RUN) for _ in range(2))
+        self._extremes = like.new_empty(2, n_columns, n_tiles, tile // RUN)
         self._sum, self._square = (like.new_zeros(n_columns, dtype=torch.float64) for _ in range(2))
         self._n_used = 0
         self.count = 0
-        self.lowest, self.highest = TopList(n_columns, k, -1, like), TopList(n_columns, k, 1, like)
+        self._lists = TopLists(2 * n_columns, k, like)
 
     def tile(self, i: int, n: int) -> Float[Tensor, "row n"]:
         """Where the n values of a stretch's i-th tile are written."""
@@ -45,17 +45,13 @@ class ColumnLists:
 
     def glance(self, i: int, n: int) -> None:
         """Take the moments and the runs' extremes of the i-th tile, which holds n values."""
-        part, whole = self._tiles[i, : self._n_columns, :n], n // RUN
-        if n < self._tiles.shape[2]:  # NaN and the far ends are what no list takes
-            self._tiles[i, :, n:] = torch.nan
-            self._low[:, i, whole:], self._high[:, i, whole:] = torch.inf, -torch.inf
-        if whole:
-            runs = part[:, : whole * RUN].unflatten(1, (whole, RUN))
-            torch.amin(runs, 2, out=self._low[:, i, :whole])
-            torch.amax(runs, 2, out=self._high[:, i, :whole])
-        if whole * RUN < n:
-            rest = part[:, whole * RUN :]
-            self._low[:, i, whole], self._high[:, i, whole] = rest.amin(1), rest.amax(1)
+        full = self._tiles[i, : self._n_columns]
+        part, past, runs = full[:, :n], full[:, n:], full.unflatten(1, (-1, RUN))
+        past.fill_(torch.inf)
+        torch.amin(runs, 2, out=self._extremes[0, :, i]).neg_()
+        past.fill_(-torch.inf)
+        torch.amax(runs, 2, out=self._extremes[1, :, i])
+        past.fill_(torch.nan)  # which no list takes
         self._sum += part.sum(1)
         self._square += torch.linalg.vector_norm(part, dim=1).double().square()
         self.count += n
@@ -63,9 +59,22 @@ class ColumnLists:
 
     def collect(self, index: Int[Tensor, " n"]) -> None:
         """Take the stretch's candidates; `index` says which feature each place is, rising from stretch to stretch."""
-        tiles = self._tiles[: self._n_used]
-        self.lowest.add(tiles, self._low[:, : self._n_used], index)
-        self.highest.add(tiles, self._high[:, : self._n_used], index)
+        n_runs, n_rows = self._extremes.shape[3], self._tiles.shape[1]
+        extremes = self._extremes[:, :, : self._n_used].reshape(2 * self._n_columns, -1)
+        least = self._lists.least(extremes)
+        row, run = _reaching(extremes, least)
+        highest = row >= self._n_columns
+        tile, column = run // n_runs, row - highest * self._n_columns
+        inside = self._tiles.view(-1, RUN).index_select(0, (tile * (n_rows - 1) + column) * n_runs + run)
+        inside *= torch.where(highest, 1, -1).to(inside.dtype)[:, None]  # the lowest are the highest of −value
+        hit, place = _reaching(inside, least[row])
+        self._lists.add(inside[hit, place], row[hit], index[run[hit] * RUN + place])
+
+    def ranked(self, n_places: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Index and value of the lowest and the highest, most extreme first; −1 and NaN past a column's last."""
+        index, value = self._lists.ranked(n_places)
+        n = self._n_columns
+        return (index[:n], -value[:n]), (index[n:], value[n:])
 
     def mean(self) -> Float[Tensor, " column"]:
         """Mean over all values; NaN of none."""
@@ -79,66 +88,87 @@ class ColumnLists:
         return (squares / (self.count - 1)).clamp(min=0).sqrt()
 
 
-class TopList:
-    """The k largest of sign × value so far in every column."""
+class TopLists:
+    """The k largest values so far in every row, among entries that come row by row."""
 
-    def __init__(self, n_columns: int, k: int, sign: int, like: Tensor) -> None:
-        self._k, self._sign = k, sign
-        self._value = like.new_empty(n_columns, 0)
-        self._index = torch.empty(n_columns, 0, dtype=torch.long, device=like.device)
+    def __init__(self, n_rows: int, k: int, like: Tensor) -> None:
+        self._n_rows, self._k = n_rows, k
+        self._value = [like.new_empty(n_rows, 0)]
+        self._index = [torch.empty(n_rows, 0, dtype=torch.long, device=like.device)]
+        self._kth: Tensor | None = None
+        self._n_late = 0
 
-    def add(
-        self,
-        tiles: Float[Tensor, "tile row place"],
-        extremes: Float[Tensor, "column tile run"],
-        index: Int[Tensor, " n"],
-    ) -> None:
-        """Take what belongs to the first k; of equal values those of lower index stay, so later ones must be larger."""
-        n_columns, _, n_runs = extremes.shape
-        best = extremes.reshape(n_columns, -1) * self._sign
-        if self._value.shape[1] == self._k:
-            least = self._value[:, -1].nextafter(best.new_full((), torch.inf))
-        elif best.shape[1] >= self._k:
-            least = best.topk(self._k, sorted=False).values.amin(1)
-        else:
-            least = best.new_full((n_columns,), -torch.inf)
-        hit = _where(best >= least[:, None])
-        column, run = hit // best.shape[1], hit % best.shape[1]
-        memory = (run // n_runs * tiles.shape[1] + column) * n_runs + run % n_runs
-        inside = tiles.view(-1, RUN).index_select(0, memory)
-        inside = inside if self._sign > 0 else inside.neg_()
-        found = _where(inside >= least[column][:, None])
-        row = found // RUN
-        self._merge(inside.view(-1)[found], column[row], index[run[row] * RUN + found % RUN])
+    def least(self, bounds: Float[Tensor, "row bound"]) -> Float[Tensor, " row"]:
+        """What a value to come must reach; at first, the k-th of bounds that a row's coming values attain one each.
 
-    def _merge(self, value: Tensor, column: Int[Tensor, " entry"], index: Tensor) -> None:
-        """Entries come column by column with rising index, and a stable sort leaves equal values in that order."""
-        n_columns, old = self._value.shape
-        counts = torch.bincount(column, minlength=n_columns)
-        place = old + torch.arange(len(column), device=column.device) - (counts.cumsum(0) - counts)[column]
-        new = int(counts.max())
-        values = torch.cat([self._value, self._value.new_full((n_columns, new), -torch.inf)], dim=1)
-        indices = torch.cat([self._index, self._index.new_full((n_columns, new), -1)], dim=1)
-        values[column, place], indices[column, place] = value, index
+        Of equal values those of lower index stay, so later ones must be larger.
+        """
+        if self._kth is None:
+            return _kth(bounds, self._k)
+        return self._kth.nextafter(self._kth.new_full((), torch.inf))
+
+    def add(self, value: Float[Tensor, " entry"], row: Int[Tensor, " entry"], index: Int[Tensor, " entry"]) -> None:
+        """Take entries, row by row."""
+        values, indices = self._table(value, row, index)
+        self._value.append(values)
+        self._index.append(indices)
+        self._n_late += len(value)
+        if self._kth is None or self._n_late * 4 > self._n_rows * self._k:
+            self._update()
+
+    def _update(self) -> None:
+        """Take the k-th values anew, and drop what lies below them once there is much of it.
+
+        Until then values are held against the last ones, which lets a few more in and is no less exact.
+        """
+        values, indices = torch.cat(self._value, dim=1), torch.cat(self._index, dim=1)
+        self._kth, self._n_late = _kth(values, self._k), 0
+        if values.shape[1] > 16 * self._k:
+            values, indices = self._first(values, indices, self._kth)
+        self._value, self._index = [values], [indices]
+
+    def _table(self, value: Tensor, row: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Entries as a table, −∞ and −1 past a row's last."""
+        counts = torch.bincount(row, minlength=self._n_rows)
+        width = int(counts.max())
+        place = row * width + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        values, indices = value.new_full((self._n_rows, width), -torch.inf), index.new_full((self._n_rows, width), -1)
+        values.view(-1)[place], indices.view(-1)[place] = value, index
+        return values, indices
+
+    def _first(self, values: Tensor, indices: Tensor, kth: Tensor) -> tuple[Tensor, Tensor]:
+        """The first k in order. Entries have come with rising index, and a stable sort leaves equal values so."""
+        row, place = _reaching(values, kth)
+        values, indices = self._table(values[row, place], row, indices[row, place])
         order = values.sort(dim=1, descending=True, stable=True).indices[:, : self._k]
-        self._value, self._index = values.gather(1, order), indices.gather(1, order)
+        return values.gather(1, order), indices.gather(1, order)
 
-    def ranked(self, n_places: int) -> tuple[Int[Tensor, "column place"], Float[Tensor, "column place"]]:
-        """Index and value, most extreme first, equal values by rising index; −1 and NaN past a column's last."""
-        missing = (0, n_places - self._value.shape[1])
-        index = torch.nn.functional.pad(self._index, missing, value=-1)
-        value = torch.nn.functional.pad(self._value * self._sign, missing, value=torch.nan)
-        return index, value.masked_fill(index < 0, torch.nan)
-
-
-def _where(mask: Bool[Tensor, "row column"]) -> Int[Tensor, " hit"]:
-    """Flat places of what is true. On a CPU by numpy, which skips long stretches of nothing."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.view(-1).nonzero()[:, 0]
+    def ranked(self, n_places: int) -> tuple[Int[Tensor, "row place"], Float[Tensor, "row place"]]:
+        """Index and value, largest first, equal values by rising index; −1 and NaN past a row's last."""
+        values, indices = torch.cat(self._value, dim=1), torch.cat(self._index, dim=1)
+        values, indices = self._first(values, indices, _kth(values, self._k))
+        missing = (0, n_places - values.shape[1])
+        indices = torch.nn.functional.pad(indices, missing, value=-1)
+        return indices, torch.nn.functional.pad(values, missing).masked_fill(indices < 0, torch.nan)
 
 
-def _places(column: Int[Tensor, " entry"], n_columns: int) -> Int[Tensor, " entry"]:
-    """Each entry's place within its column; entries lie column by column."""
-    counts = torch.bincount(column, minlength=n_columns)
-    return torch.arange(len(column), device=column.device) - (counts.cumsum(0) - counts)[column]
+def _kth(values: Float[Tensor, "row place"], k: int) -> Float[Tensor, " row"]:
+    """Each row's k-th largest, −∞ where there are fewer. On a CPU by numpy, which is several times as fast."""
+    n = values.shape[1]
+    if n < k:
+        return values.new_full((len(values),), -torch.inf)
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.partition(values.numpy(), n - k, axis=1)[:, n - k].copy())
+    return values.topk(k, dim=1).values[:, -1]
+
+
+def _reaching(
+    values: Float[Tensor, "row column"], least: Float[Tensor, " row"]
+) -> tuple[Int[Tensor, " hit"], Int[Tensor, " hit"]]:
+    """Row and column of the values that are at least so large, row by row."""
+    if values.device.type != "cpu":
+        row, column = (values >= least[:, None]).nonzero(as_tuple=True)
+        return row, column
+    hit = np.flatnonzero(values.numpy() >= least[:, None].numpy())  # skips long stretches of nothing
+    row = hit // values.shape[1]
+    return torch.from_numpy(row), torch.from_numpy(hit - row * values.shape[1])

@@ -28,6 +28,8 @@ from qklens.errors import QklensError
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _LONGEST_HEADER = 100 << 20
+_AT_ONCE = 1 << 10
+"""Rows that are converted while they still lie in cache."""
 
 
 @dataclass(frozen=True)
@@ -219,12 +221,21 @@ class _Rows:
     def __init__(self, path: Path, file: int, stored: StoredTensor, most: int) -> None:
         self._path, self._file, self._stored = path, file, stored
         same = stored.dtype == torch.float32
-        self._raw = None if same else torch.empty(most, stored.shape[1], dtype=stored.dtype)
+        self._raw = None if same else torch.empty(min(most, _AT_ONCE), stored.shape[1], dtype=stored.dtype)
 
     def read(self, first: int, rows: Float[Tensor, "row d_model"]) -> None:
         """Fill `rows` with the matrix's rows from `first` on."""
-        target = rows if self._raw is None else self._raw[: len(rows)]
-        waiting = target.view(torch.uint8).numpy().reshape(-1).data
+        if self._raw is None:
+            self._fill(first, rows)
+            return
+        for part in rows.split(_AT_ONCE):
+            raw = self._raw[: len(part)]
+            self._fill(first, raw)
+            part.copy_(raw)
+            first += len(part)
+
+    def _fill(self, first: int, rows: Tensor) -> None:
+        waiting = rows.view(torch.uint8).numpy().reshape(-1).data
         offset = self._stored.offset + first * self._stored.row_bytes
         while waiting:
             try:
@@ -234,8 +245,6 @@ class _Rows:
             if not done:
                 raise _damaged(self._path, f"it ends inside tensor {self._stored.name!r}")
             waiting, offset = waiting[done:], offset + done
-        if target is not rows:
-            rows.copy_(target)
 
     def units(self, begin: int, rows: Float[Tensor, "row d_model"]) -> UnitDirections:
         """Unit directions of the features from `begin` on, written into `rows`; zero past the last that writes."""
