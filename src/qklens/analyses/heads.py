@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qklens.analyses.readings import AttentionReading
 from qklens.data.render import Prompt
+from qklens.errors import NothingChangedError
 from qklens.interventions.engine import Intervention, Workset
 from qklens.interventions.patch import HeadAblation, PatternPatch, align_rows
 from qklens.interventions.steer import Head
@@ -74,11 +75,19 @@ def effects_alone(
     work: Workset, heads: Sequence[Head], edit: Callable[[Head], Intervention], tick: Callable[[], None] = lambda: None
 ) -> Float[Tensor, "prompt head"]:
     """The margin with one head edited less the margin without, for each head by itself; `tick` after each."""
-    clean, columns = work.margins(), []
+    columns = []
     for head in heads:
-        columns.append(work.margins([edit(head)]) - clean)
+        columns.append(effect(work, edit(head)))
         tick()
     return torch.stack(columns, dim=1)
+
+
+def effect(work: Workset, edit: Intervention) -> Float[Tensor, " prompt"]:
+    """The margin with an edit less the margin without; zero where it changes nothing, as of a head without output."""
+    try:
+        return work.margins([edit]) - work.margins()
+    except NothingChangedError:
+        return torch.zeros(len(work))
 
 
 def first_heads(ranked: Sequence[Head]) -> list[tuple[Head, ...]]:

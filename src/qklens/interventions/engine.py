@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qklens.data.render import Prompt
-from qklens.errors import QklensError
+from qklens.errors import NothingChangedError, QklensError
 from qklens.interventions.steer import Steer
 from qklens.models.batch import Batch, left_padded
 from qklens.models.edits import Edit, ScoreEdit, VectorEdit
@@ -97,7 +97,7 @@ class Workset:
             reads: given a batch's prompt indices and the batch, the sinks for that pass; forces whole prompts to run.
 
         Raises:
-            QklensError: an intervention changed no value in any batch.
+            NothingChangedError: an intervention changed no value in any batch.
         """
         active = [i for i in interventions if not (isinstance(i, Steer) and i.is_identity)]
         if not active and reads is None and self._clean is not None:
@@ -124,7 +124,7 @@ class Workset:
                 rows[i] = out.logits[row]
         for intervention, did in zip(active, changed, strict=True):
             if not did:
-                raise QklensError(
+                raise NothingChangedError(
                     f"intervention {intervention.describe()} changed no value in any of {len(self)} prompts"
                 )
         stacked = torch.stack(rows)
