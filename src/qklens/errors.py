@@ -16,6 +16,10 @@ class QklensError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
+class NothingChangedError(QklensError):
+    """An edit that changed no value anywhere: a mistake where one edit was asked for, no effect where all are tried."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint "; did you mean 'x'?" for a misspelt name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)

@@ -36,6 +36,9 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     [
         (["--help"], "Run a study from end to end"),
         (["study", "--help"], "--dictionary"),
+        (["heads", "--help"], "--figure"),
+        (["qk", "--help"], "--reading"),
+        (["partners", "--help"], "--all-heads"),
         (["data", "check", "--help"], "FILE"),
         (["model", "check", "--help"], "MODEL"),
     ],

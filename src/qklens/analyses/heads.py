@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qklens.analyses.readings import AttentionReading
 from qklens.data.render import Prompt
+from qklens.errors import NothingChangedError
 from qklens.interventions.engine import Intervention, Workset
 from qklens.interventions.patch import HeadAblation, PatternPatch, align_rows
 from qklens.interventions.steer import Head
@@ -74,14 +75,25 @@ def restored_share(patched: Tensor, harmed: Tensor, clean: Tensor) -> float:
 def effects_alone(
     work: Workset, heads: Sequence[Head], edit: Callable[[Head], Intervention], tick: Callable[[], None] = lambda: None
 ) -> Float[Tensor, "prompt head"]:
-    """The margin with one head edited less the margin without, for each head by itself; `tick` after each."""
+    """The margin with one head edited less the margin without, for each head by itself; `tick` after each.
+
+    Zero for a head whose edit changes nothing, as of one without output.
+    """
     clean, rows = work.margins(), []
     for begin in range(0, len(heads), _TOGETHER):
         some = heads[begin : begin + _TOGETHER]
-        rows.append(work.margins_each([edit(head) for head in some]) - clean)
+        rows.append(work.margins_each([edit(head) for head in some], idle_ok=True) - clean)
         for _ in some:
             tick()
     return torch.cat(rows).T
+
+
+def effect(work: Workset, edit: Intervention) -> Float[Tensor, " prompt"]:
+    """The margin with an edit less the margin without; zero where it changes nothing, as of a head without output."""
+    try:
+        return work.margins([edit]) - work.margins()
+    except NothingChangedError:
+        return torch.zeros(len(work))
 
 
 def first_heads(ranked: Sequence[Head]) -> list[tuple[Head, ...]]:

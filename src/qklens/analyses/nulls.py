@@ -27,6 +27,8 @@ NULLS: tuple[NullName, ...] = get_args(NullName)
 MIN_PAIRS = 30
 SMALL_SOURCE = 32
 _NEIGHBOURS = 64
+_ROUNDING = 1e-5
+"""A null may draw the pair itself, as `fixed_query` does with its own key: a tie, whichever way its last bit falls."""
 _OF_THE_PAIR = ("matched", "fixed_query", "fixed_key")
 
 
@@ -237,7 +239,7 @@ def null_tests(
             raise QklensError(
                 f"null {null!r} at layer {maps.layer} head {head} has no spread; the head's scores are constant"
             )
-        extreme = int(((draws - mean).abs() >= abs(value - mean)).sum())
+        extreme = int(((draws - mean).abs() >= abs(value - mean) - _ROUNDING * spread).sum())
         tests.append(NullTest(null, value, (value - mean) / spread, (1 + extreme) / (1 + n), draws, seed, note))
     return tests
 

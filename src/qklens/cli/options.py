@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,6 +59,18 @@ def heads(given: list[str] | None) -> tuple[tuple[int, int], ...]:
             raise QklensError(f"--heads {text!r}: expected layer and head, as L2H4 or 2.4, joined by commas")
         found.append((int(match[1]), int(match[2])))
     return tuple(dict.fromkeys(found))
+
+
+def check_figure(path: Path) -> None:
+    """Refuse a figure's name before the work that it would show.
+
+    Raises:
+        QklensError: not an .svg file in a folder that is there.
+    """
+    if path.suffix != ".svg":
+        raise QklensError(f"--figure {path}: expected a name that ends in .svg")
+    if path.is_dir() or not path.parent.is_dir():
+        raise QklensError(f"--figure {path}: expected a file in a folder that exists")
 
 
 def listed(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tables on the terminal: plain columns that any width and any pipe keeps readable; tokens are drawn as one line."""
+"""Tables on the terminal: plain columns that any pipe keeps readable; what would move a cursor is drawn or replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qklens.report.text import printable
 if TYPE_CHECKING:
     from qklens.analyses.on_text import HeadOnText
     from qklens.studies.tables.head_table import HeadTable
-    from qklens.studies.tables.pair_table import Pair, PairReading, PairTable
+    from qklens.studies.tables.pair_table import Marginal, Pair, PairReading, PairTable
     from qklens.studies.tables.partner_table import PartnerRow, PartnerTable
 
 _MISSING = "-"
@@ -69,21 +69,20 @@ def heads(table: HeadTable, top: int, figure: Path | None) -> None:
         f"on items left out: {found}",
     ]
     lines += [f"map: {figure}"] if figure else []
-    _write(lines + ([""] + [printable(row["words"]) for row in table.text] if table.text else []))
+    _write(lines + ([""] + [row["words"] for row in table.text] if table.text else []))
 
 
 def on_text(rows: Sequence[HeadOnText]) -> None:
     """Heads on ordinary text beside MCQ answers."""
     lines: list[str] = []
     for row in rows:
-        lines += [printable(row.words)]
+        lines += [row.words]
         kinds = ", ".join(f"{kind} {100 * share:.0f}%" for kind, share in row.text.share.items() if share >= 0.005)
         lines += [f"  attends on text to: {kinds}"]
         lines += [f"  at answers to: {', '.join(f'{k} {100 * s:.0f}%' for k, s in row.answers.share.items())}"]
         for e in row.text.examples[:5]:
             before, after = e.query_context
-            query = printable(f"{before}[{e.query_token}]{after}")
-            lines += [f"  {e.attention:.2f}  {query}  <-  {printable(e.key_token)}"]
+            lines += [f"  {e.attention:.2f}  {before}[{e.query_token}]{after}  <-  {e.key_token}"]
         if row.text.unknown > 0.05:
             lines += [f"  note: {100 * row.text.unknown:.0f}% of the text's words are unknown to the tokenizer"]
     _write(lines)
@@ -94,7 +93,7 @@ def pairs(table: PairTable) -> None:
     how = table.weighting
     lines = [
         f"{table.model['name']} through {table.dictionary['name']}: {how['kind']} terms over {how['span']} "
-        f"({', '.join(how['parts'])}), ranked on {table.data['n_items'] // 2} items, measured on the others",
+        f"({', '.join(how['parts'])}), ranked on half of {table.data['n_items']} items, measured on the other half",
         "",
         *_columns(
             ("role", "feature", "contrast", "steadiness", "interaction", "tokens"),
@@ -105,7 +104,7 @@ def pairs(table: PairTable) -> None:
                     _signed(r.contrast),
                     _signed(r.steadiness),
                     _signed(r.interaction),
-                    printable(" ".join(r.top_tokens)),
+                    " ".join(r.top_tokens),
                 )
                 for role in dict.fromkeys(r.role for r in table.roles)
                 for r in [c for c in table.roles if c.role == role][:3]
@@ -128,7 +127,7 @@ def partners(table: PartnerTable) -> None:
     other = "keys" if table.side == "query" else "queries"
     lines = [
         f"{table.model['name']} through {table.dictionary}: {table.n_features} features as {other} of "
-        f"{printable(table.feature)}; offsets: {table.offsets}"
+        f"{table.feature}; offsets: {table.offsets}"
     ]
     single = len(table.columns) == 2
     for column in table.columns[:1] if single else table.columns[-1:] if len(table.columns) > 4 else table.columns:
@@ -151,12 +150,12 @@ def partners(table: PartnerTable) -> None:
 def _partner(row: PartnerRow | None) -> tuple[str, str, str]:
     if row is None:
         return "", "", ""
-    return printable(row.feature), f"{row.value:+.4f}", _MISSING if row.z is None else f"{row.z:+.1f}"
+    return row.feature, f"{row.value:+.4f}", _MISSING if row.z is None else f"{row.z:+.1f}"
 
 
 def _reading(reading: PairReading) -> list[str]:
     sums = ", ".join(
-        f"{side} {', '.join(f'{printable(m.source)} {m.value:+.2f}' for m in reading.marginals[side][:3])}"
+        f"{side} {', '.join(f'{m.source} {m.value:+.2f}' for m in _strongest(reading.marginals[side]))}"
         for side in ("query", "key")
     )
     nulls = list(dict.fromkeys(t.null for p in reading.pairs for t in p.tests))
@@ -180,6 +179,10 @@ def _reading(reading: PairReading) -> list[str]:
     ]
 
 
+def _strongest(marginals: Sequence[Marginal]) -> list[Marginal]:
+    return sorted(marginals, key=lambda m: -abs(m.value))[:3]
+
+
 def _tests(pair: Pair, nulls: Sequence[str]) -> list[str]:
     by_null = {test.null: test for test in pair.tests}
     shown = []
@@ -194,7 +197,7 @@ def _ci(pair: Pair) -> str:
 
 
 def _source(name: str, role: str | None) -> str:
-    return printable(f"{name} {role}" if role and role != name else name)
+    return f"{name} {role}" if role and role != name else name
 
 
 def _signed(value: float | None) -> str:
@@ -215,4 +218,4 @@ def _columns(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequenc
 
 
 def _write(lines: Iterable[str]) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(map(printable, lines)) + "\n")

@@ -39,6 +39,10 @@ def heads(
     named = options.heads(heads)
     if named and text is None:
         raise QklensError("--heads names the heads that --text checks; add --text FILE, or leave it for all heads")
+    if figure is not None:
+        options.check_figure(figure)
+        if named:
+            raise QklensError("--figure maps all heads, and --heads looks at some alone; give one")
     lab = open_lab(LabConfig(model=model, data=data, items=items, seed=seed, device=device, dtype=dtype))
     with threads_for(lab.subject), stepping("heads") as tick:
         if named and text is not None:
@@ -141,8 +145,8 @@ def partners(
         model=model, dictionary=dictionary, data=data, items=items, seed=seed, device=device, dtype=dtype,
         roles=options.roles(role),
     )  # fmt: skip
-    with stepping("partners"):
-        table = partner_table(config, request)
+    with stepping("partners") as tick:
+        table = partner_table(config, request, tick=tick)
     if as_json:
         show.as_json(table.model_dump(mode="json"))
     else:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qklens.data.render import Prompt
-from qklens.errors import QklensError
+from qklens.errors import NothingChangedError, QklensError
 from qklens.interventions.steer import Steer
 from qklens.models.batch import Batch, left_padded
 from qklens.models.edits import Edit, ScoreEdit, VectorEdit, on_rows
@@ -99,7 +99,7 @@ class Workset:
             reads: given a batch's prompt indices and the batch, the sinks for that pass; forces whole prompts to run.
 
         Raises:
-            QklensError: an intervention changed no value in any batch.
+            NothingChangedError: an intervention changed no value in any batch.
         """
         active = [i for i in interventions if not _is_identity(i)]
         if not active and reads is None and self._clean is not None:
@@ -133,13 +133,19 @@ class Workset:
         """logit(correct letter) − logit(incorrect letter) at the answer position, on the CPU in float32."""
         return letter_margins(self.logits(interventions), self.prompts)
 
-    def margins_each(self, interventions: Sequence[Intervention]) -> Float[Tensor, "intervention prompt"]:
+    def margins_each(
+        self, interventions: Sequence[Intervention], *, idle_ok: bool = False
+    ) -> Float[Tensor, "intervention prompt"]:
         """The margins under each intervention by itself, many of them to a pass: their rows stand below one another.
 
         The same as `margins([intervention])` for each; weights are read once for many, and prompts' beginnings not run.
 
+        Args:
+            interventions: one row of the result each.
+            idle_ok: whether one may change nothing, as of a head without output; it then has the clean margins.
+
         Raises:
-            QklensError: an intervention changed no value in any batch.
+            NothingChangedError: an intervention changed no value in any batch.
         """
         result = torch.empty(len(interventions), len(self.prompts))
         changed = [_is_identity(i) for i in interventions]
@@ -165,7 +171,10 @@ class Workset:
                     changed[owner] |= did
                 margins = letter_margins(out.logits, chunk.prompts * len(some)).view(len(some), n)
                 result[begin : begin + len(some), list(chunk.index)] = margins
-        self._refuse_idle(interventions, changed)
+        if not idle_ok:
+            self._refuse_idle(interventions, changed)
+        idle = [i for i, did in enumerate(changed) if not did]
+        result[idle] = self.margins() if idle else result[idle]
         return result
 
     def _prefix(self, chunk: _Chunk) -> Prefix:
@@ -180,7 +189,7 @@ class Workset:
     def _refuse_idle(self, interventions: Sequence[Intervention], changed: Sequence[bool]) -> None:
         for intervention, did in zip(interventions, changed, strict=True):
             if not did:
-                raise QklensError(
+                raise NothingChangedError(
                     f"intervention {intervention.describe()} changed no value in any of {len(self)} prompts"
                 )
 

@@ -40,16 +40,21 @@ class StageProgress:
 def stepping(description: str) -> Iterator[Callable[[int], Callable[[], None]]]:
     """One bar for a table under way: called with the number of steps, it gives what to call after each.
 
-    Without a terminal a line at the beginning says what runs.
+    Without a terminal a line says what runs, once the first step is done: input that is refused before leaves one line
+    on stderr, the refusal.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    if not console.is_terminal:
-        console.print(f"{description} ...")
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
 
         def begin(total: int) -> Callable[[], None]:
             task = progress.add_task(description, total=total)
-            return lambda: progress.advance(task)
+
+            def step() -> None:
+                if not console.is_terminal and not progress.tasks[task].completed:
+                    console.print(f"{description} ...")
+                progress.advance(task)
+
+            return step
 
         yield begin

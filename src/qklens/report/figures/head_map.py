@@ -8,7 +8,6 @@ from pathlib import Path
 import altair as alt
 from altair.utils.schemapi import debug_mode
 
-from qklens.errors import QklensError
 from qklens.files import atomic_write
 from qklens.report.figures import style
 from qklens.report.figures.heads import DIVERGING
@@ -46,10 +45,8 @@ def write_head_map(table: HeadTable, path: Path) -> None:
     """The maps as one SVG file.
 
     Raises:
-        QklensError: the name does not end in .svg, or the file cannot be written.
+        QklensError: the file cannot be written.
     """
-    if path.suffix != ".svg":
-        raise QklensError(f"--figure {path}: expected a name that ends in .svg")
     with debug_mode(False):
         atomic_write(path, to_svg(head_map(table), "heads"))
 

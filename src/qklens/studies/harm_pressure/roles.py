@@ -134,17 +134,27 @@ def named_roles(source: FeatureSource, layer: int, named: Mapping[str, str]) -> 
     Raises:
         QklensError: an unknown role or feature, or a feature that writes nothing at the layer.
     """
+    found = known_roles(source, named)
+    for role, feature in found.items():
+        if not bool(source.directions(layer)[feature].any()):
+            raise QklensError(
+                f"role {role}: feature {source.labels[feature]!r} writes nothing to resid_pre.{layer}, which the "
+                "answer-selection heads read; choose a feature that reads this layer or an earlier one"
+            )
+    return found
+
+
+def known_roles(source: FeatureSource, named: Mapping[str, str]) -> dict[Role, int]:
+    """The features that a person gave roles, by name alone.
+
+    Raises:
+        QklensError: an unknown role or feature.
+    """
     found: dict[Role, int] = {}
     for name, label in named.items():
         if name not in ROLES:
             raise QklensError(f"role {name!r} is unknown; expected one of {list(ROLES)}{nearest(name, ROLES)}")
-        role = ROLES[ROLES.index(name)]
-        found[role] = feature_index(source, label)
-        if not bool(source.directions(layer)[found[role]].any()):
-            raise QklensError(
-                f"role {name}: feature {label!r} writes nothing to resid_pre.{layer}, which the answer-selection heads "
-                "read; choose a feature that reads this layer or an earlier one"
-            )
+        found[ROLES[ROLES.index(name)]] = feature_index(source, label)
     return found
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from qklens.analyses.contrasts import ROLES
 from qklens.data.items import SHIPPED, load_dataset
 from qklens.dictionaries.crosscoder import Fidelity
+from qklens.dictionaries.directions import Directions
 from qklens.dictionaries.source import feature_index
 from qklens.files import sha256_files, write_json
 from qklens.interventions.steer import Head
@@ -35,6 +37,7 @@ from qklens.studies.harm_pressure import (
     zscores,
 )
 from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.harm_pressure.roles import known_roles
 from qklens.studies.journal import Journal, StageOutput, check_folder
 from qklens.studies.opening import load_source, open_lab, threads_for
 from qklens.studies.progress import StageProgress
@@ -153,6 +156,7 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     lab = open_lab(config)
     subject = lab.subject
     source, fidelity = load_source(lab, resources.dictionary)
+    known_roles(source or Directions(tuple(ROLES), {}, {}), config.roles)
     files = {name: inspect_model(path).files for name, path in resources.checkpoints}
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
     hashes[subject.name] = sha256_files(list(inspect_model(resources.model).files))

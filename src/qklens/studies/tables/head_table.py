@@ -23,6 +23,7 @@ from torch import Tensor
 from qklens.analyses.heads import (
     candidate_heads,
     clean_pattern_patch,
+    effect,
     effects_alone,
     fewest,
     first_heads,
@@ -152,14 +153,15 @@ def head_table(
         tick: given the number of steps, what to call after each.
 
     Raises:
-        QklensError: fewer folds than two, or more than groups of items.
+        QklensError: fewer folds than two, or more than different pairs of options; a text file that cannot be used.
     """
     if text is not None:
         text_windows(lab.subject, text)  # a file that cannot be used is refused before the work
     n_layers, n_heads = lab.subject.n_layers, lab.subject.n_heads
-    fold = fold_items(lab.dataset.items, folds, lab.seed) if folds > 1 else np.zeros(0)
-    if folds < 2 or len(np.unique(fold)) < folds:
-        raise QklensError(f"--folds {folds}: expected 2 to {len(lab.dataset.items)}, each with an item of its own")
+    most = len(np.unique(fold_items(lab.dataset.items, len(lab.dataset.items), lab.seed)))
+    if not 2 <= folds <= most:
+        raise QklensError(f"--folds {folds}: expected 2 to {most}, as many as there are different pairs of options")
+    fold = fold_items(lab.dataset.items, folds, lab.seed)
     every = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
     readings = {c: lab.attention(c, "all") for c in CONDITIONS}
     step = tick(2 * len(every))
@@ -169,7 +171,7 @@ def head_table(
     held = [_held_out(lab, ranking, fold == number) for number in range(folds)]
     chosen_in = {h: sum(h in row.heads for row in held) for h in every}
     rows = [_row(lab, h, i, patch, ablation, chosen_in[h]) for i, h in enumerate(every)]
-    effect: Callable[[HeadCandidate], float] = lambda r: r.patch_gain if by_patch else r.ablation_drop  # noqa: E731
+    gain: Callable[[HeadCandidate], float] = lambda r: r.patch_gain if by_patch else r.ablation_drop  # noqa: E731
     chosen = [h for h in every if chosen_in[h]]
     effect_items, share, interval = _pooled(lab, ranking, fold, held)
     return HeadTable(
@@ -183,7 +185,7 @@ def head_table(
         held_out_effect_ci=bootstrap_mean(effect_items, lab.seed),
         held_out_share=share,
         held_out_share_ci=interval,
-        heads=sorted(rows, key=lambda r: (-r.chosen_in, -effect(r))),
+        heads=sorted(rows, key=lambda r: (-r.chosen_in, -gain(r))),
         text=[] if text is None else [asdict(row) for row in heads_on_file(lab, chosen, text)],
     )
 
@@ -198,7 +200,7 @@ def _patch(lab: Lab, every: Sequence[Head], step: Callable[[], None]) -> _Effect
         return PatternPatch({head: patch.rows[head] for head in heads})
 
     return _Effects(
-        together=lambda heads: harm.margins([some(heads)]) - harm.margins(),
+        together=lambda heads: effect(harm, some(heads)),
         alone=effects_alone(harm, every, lambda head: some([head]), step),
         whole=lab.attention("none", "all").margins - harm.margins(),
         seed=lab.seed,
@@ -214,7 +216,7 @@ def _ablation(lab: Lab, every: Sequence[Head], step: Callable[[], None]) -> _Eff
         return HeadAblation({head: means[head] for head in heads})
 
     return _Effects(
-        together=lambda heads: calm.margins() - calm.margins([some(heads)]),
+        together=lambda heads: -effect(calm, some(heads)),
         alone=-effects_alone(calm, every, lambda head: some([head]), step),
         whole=calm.margins(),
         seed=lab.seed,

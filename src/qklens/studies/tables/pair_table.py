@@ -26,7 +26,7 @@ from qklens.strict import Strict
 from qklens.studies.harm_pressure.belief import belief_candidates
 from qklens.studies.harm_pressure.heads import choose_heads, heads_to_read
 from qklens.studies.harm_pressure.lab import HALVES, Half, Lab
-from qklens.studies.harm_pressure.roles import find_roles
+from qklens.studies.harm_pressure.roles import find_roles, known_roles
 from qklens.studies.harm_pressure.zscores import populations
 from qklens.studies.results import RoleCandidate
 
@@ -78,7 +78,9 @@ class PairReading(Strict):
     absolute_by_kind: dict[str, float] = Field(description="shares of the sum of |term|; they sum to 1")
     error_share: float = Field(description="share of the sum of |term| with an error on either side")
     marginals: dict[Side, list[Marginal]] = Field(description="strongest from both ends, and bias and error always")
-    pairs: list[Pair] = Field(description="most negative first, then most positive, then pairs of named roles")
+    pairs: list[Pair] = Field(
+        description="most negative first, then most positive, then pairs of roles that write this layer"
+    )
 
 
 class PairTable(Strict):
@@ -160,18 +162,16 @@ def pair_table(
         QklensError: a head that does not exist or whose input the source does not write, a span in which no feature is
             active, an unknown feature or role.
     """
+    known_roles(lab.source, named)
     heads = request.heads or tuple(heads_to_read(*choose_heads(lab)[:2], lab.source.layers, lab.source.name))
     lenses = [lab.lens(*head) for head in heads]
-    step = tick(len(lenses) + 1)
+    step = tick(len(lenses))
     belief = belief_candidates(lab)[0].feature
     roles, candidates = find_roles(lab, heads, lab.source.labels[belief], named)
-    step()
-    listed: list[_Listed] = []
+    listed = [one for lens in lenses for one in _list_pairs(lab, lens, request, roles.chosen)]
     tests: dict[tuple[Head, int, int], list[NullTest]] = {}
-    for lens in lenses:
-        here = _list_pairs(lab, lens, request, roles.chosen)
-        tests |= _test_pairs(lab, (lens.layer, lens.head), here, request)
-        listed += here
+    for head in heads:
+        tests |= _test_pairs(lab, head, [one for one in listed if one.head == head], request)
         step()
     q_values = iter(benjamini_hochberg([test.p for row in tests.values() for test in row]))
     tested = {pair: [_test(test, next(q_values), request.draws) for test in row] for pair, row in tests.items()}
@@ -211,7 +211,9 @@ def _list_pairs(lab: Lab, lens: HeadLens, request: PairRequest, roles: dict[Role
                 terms[c, half] = mean_terms(lens, lab.prompts(c, half), written, request.weighting)
                 refuse_silence(terms[c, half], lens, request.weighting)
     index = {name: i for i, name in enumerate(lens.names)}
+    written = lab.source.directions(lens.layer).any(dim=-1)
     named = [(roles[q], roles[k]) for q in QUERY_ROLES for k in ROLES if k not in QUERY_ROLES]
+    named = [pair for pair in named if all(bool(written[f]) for f in pair)]
     found = []
     for reading in request.readings:
         first, *rest = reading.split("-")
@@ -252,6 +254,8 @@ def _test_pairs(
     queries, keys = populations(lab, head[0])
     n = len(queries.vectors)
     pairs = list(dict.fromkeys(pair for one in listed for pair in one.pairs if max(pair) < n))
+    if not pairs:
+        return {}
     by_null = [
         null_tests(
             null,

@@ -7,7 +7,7 @@ test (`qklens qk` tests pairs).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -151,15 +151,26 @@ class _InMemory:
         return [tuple(unit_directions(self.source.directions(layer)) for layer in layers)]
 
 
-def partner_table(config: LabConfig, request: PartnerRequest) -> PartnerTable:
+def partner_table(
+    config: LabConfig, request: PartnerRequest, *, tick: Callable[[int], Callable[[], None]] = lambda _: lambda: None
+) -> PartnerTable:
     """Rank every feature of the configuration's dictionary against one.
+
+    Args:
+        config: model, dictionary, items, and a feature for the role that the request names.
+        request: what to rank.
+        tick: called with the number of steps, which is one, when work begins.
 
     Raises:
         QklensError: an unknown feature or head, a head whose input the dictionary or the feature does not write, or
             bad input of any other kind.
     """
+    stray = next((role for role in config.roles if role != request.feature or role not in ROLES), None)
+    if stray is not None:
+        raise QklensError(f"--role {stray}: expected the role that --feature asks for, one of {list(ROLES)}")
     folder = dictionary_folder(config)
     lab = open_lab(config)
+    tick(1)
     with threads_for(lab.subject):
         decoder, name = _decoder(lab, folder)
         source = str(folder or name)
@@ -169,6 +180,8 @@ def partner_table(config: LabConfig, request: PartnerRequest) -> PartnerTable:
         written = [layer for layer, vector in directions.items() if bool(vector.any())]
         if request.every:
             heads = tuple(h for h in heads if h[0] in written)
+            if not heads:
+                raise QklensError(f"feature {decoder.label(feature)!r} writes no layer; choose another feature")
         silent = next((h for h in heads if h[0] not in written), None)
         if silent is not None:
             raise QklensError(
@@ -236,15 +249,16 @@ def _feature(
     lab: Lab, config: LabConfig, request: PartnerRequest, decoder: _Decoder, name: str, folder: Path | None
 ) -> int:
     """The feature's index; a role's feature is found as the study finds it, with the whole dictionary in memory."""
-    if request.feature not in ROLES or folder is None:
-        return decoder.find(request.feature)
+    named = config.roles.get(request.feature)
+    if named is not None or request.feature not in ROLES or folder is None:
+        return decoder.find(named or request.feature)
     source, _ = load_source(lab, folder)
     if source is None:
         raise AssertionError("a folder gives a source")
     lab.source = source
     belief = source.labels[belief_candidates(lab)[0].feature]
     heads = request.heads or _selecting(lab, decoder, name)
-    return find_roles(lab, heads, belief, config.roles)[0].chosen[ROLES[ROLES.index(request.feature)]]
+    return find_roles(lab, heads, belief)[0].chosen[ROLES[ROLES.index(request.feature)]]
 
 
 def _reader(lab: Lab, head: Head, direction: Tensor, request: PartnerRequest) -> Tensor:

@@ -1,0 +1,176 @@
+"""`qklens heads`, `qk` and `partners` as a user runs them: JSON alone on stdout, tables that no name can break."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qklens.cli import show_tables
+from qklens.studies.tables import pair_table, partner_table
+from qklens.studies.tables.head_table import HeadTable
+from qklens.studies.tables.pair_table import PairTable
+from qklens.studies.tables.partner_table import PartnerTable
+
+QK = ("qk", "--dictionary", "directions", "--heads", "L1H0", "--draws", 30, "--top", 2, "--reading", "none,harm-none")
+PARTNERS = ("partners", "--dictionary", "directions", "--feature", "harm_detection", "--heads", "1.0,L1H1", "--top", 2)
+HOSTILE = "x\x1b[2J\x1b]0;title\x07\r\n\u202e\x9b31m"
+PROSE = f"Which gas do plants take in? {HOSTILE} Plants take in the gas. Which animal is the largest?\n\n" * 6
+
+
+@pytest.fixture
+def asked(healthy_model: Path, data: Path) -> tuple[object, ...]:
+    return ("--model", healthy_model, "--data", data)
+
+
+def lines_of(out: str) -> list[str]:
+    """The lines of a table, none of which can move a cursor."""
+    lines = out.removesuffix("\n").split("\n")
+    strange = {char for line in lines for char in line if unicodedata.category(char) in ("Cc", "Cf", "Cs")}
+    assert strange == set()
+    return lines
+
+
+def parsed(text: str) -> Any:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    ("command", "table", "says"),
+    [
+        (("heads", "--folds", 2), HeadTable, "heads ...\n"),
+        (QK, PairTable, "pairs ...\n"),
+        (PARTNERS, PartnerTable, ""),
+    ],
+)
+def test_json_is_all_there_is_on_stdout(
+    qklens: Callable[..., Any], asked: tuple[object, ...], command: tuple[object, ...], table: Any, says: str
+) -> None:
+    ended = qklens(*command, *asked, "--json")
+    assert (ended.status, ended.err) == (0, says)
+    assert table.model_validate_json(ended.out).model_dump(mode="json") == parsed(ended.out)
+
+
+def test_the_table_of_heads(qklens: Callable[..., Any], asked: tuple[object, ...]) -> None:
+    """Four heads, of which --top shows three; the signs are the columns' own."""
+    table = HeadTable.model_validate_json(qklens("heads", "--folds", 2, *asked, "--json").out)
+    lines = lines_of(qklens("heads", "--folds", 2, "--top", 3, *asked).out)
+    assert lines[0].startswith("model: 4 heads, 6 items; margins none ")
+    header = lines[2].split()
+    assert " ".join(header) == "head attends letter content boundary harm QK-score copies ablated patched folds"
+    for line, found in zip(lines[3:6], table.heads, strict=False):
+        cells = dict(zip(header, line.split(), strict=True))
+        assert cells["head"] == f"L{found.layer}H{found.head}"
+        assert float(cells["attends"]) == pytest.approx(found.attention_difference["none"], abs=0.0051)
+        assert float(cells["harm"]) == pytest.approx(found.attention_difference["harm"], abs=0.0051)
+        assert float(cells["QK-score"]) == pytest.approx(found.score_difference["all"], abs=0.0051)
+        assert float(cells["ablated"]) == pytest.approx(-found.ablation_drop, abs=0.0051)
+        assert float(cells["patched"]) == pytest.approx(found.patch_gain, abs=0.0051)
+        assert cells["folds"] == f"{found.chosen_in}/2"
+    assert lines[6] == ""
+    assert "on items left out: " in lines[-1]
+    assert f"{100 * table.held_out_share:.0f}% [" in lines[-1]
+
+
+def test_the_table_of_pairs(qklens: Callable[..., Any], asked: tuple[object, ...]) -> None:
+    table = PairTable.model_validate_json(qklens(*QK, *asked, "--json").out)
+    lines = lines_of(qklens(*QK, *asked).out)
+    assert lines[0] == (
+        "model through directions: realised terms over correct (letter, content, boundary), ranked on half of 6 items, "
+        "measured on the other half"
+    )
+    for reading in table.readings:
+        begin = next(i for i, line in enumerate(lines) if line.startswith(f"L1H0 {reading.reading}: score "))
+        sums = re.search(r"query (.*), key (.*)$", lines[begin])
+        assert sums
+        for side, shown in zip(("query", "key"), sums.groups(), strict=True):
+            strongest = sorted(reading.marginals[side], key=lambda m: -abs(m.value))[:3]
+            assert shown == ", ".join(f"{m.source} {m.value:+.2f}" for m in strongest)
+        for line, pair in zip(lines[begin + 2 :], reading.pairs, strict=False):
+            assert line.startswith(pair.query)
+            assert f"{pair.value:+.4f}  [{pair.ci[0]:+.4f}, {pair.ci[1]:+.4f}]" in line
+            shown = [cell for t in pair.tests for cell in (f"{t.z:+.1f}", f"{t.q:.3f}")] or ["-"] * 4
+            assert line.split()[-4:] == shown
+
+
+def test_the_table_of_partners(qklens: Callable[..., Any], asked: tuple[object, ...]) -> None:
+    lines = lines_of(qklens(*PARTNERS, *asked).out)
+    assert lines[0] == (
+        "model through directions: 4 features as keys of harm_detection; offsets: answer to correct option, as in the "
+        "data"
+    )
+    assert [line.split(":")[0] for line in lines if " features, mean " in line] == ["L1H0", "L1H1", "mean over 2 heads"]
+    one = lines_of(qklens(*PARTNERS[:-3], "L1H0", "--side", "key", "--offset", 3, *asked).out)
+    assert "4 features as queries of harm_detection; offsets: 3" in one[0]
+    assert [line.split(":")[0] for line in one if " features, mean " in line] == ["L1H0"]
+
+
+def test_named_heads_on_a_text(qklens: Callable[..., Any], asked: tuple[object, ...]) -> None:
+    """Nothing else is measured, in the order asked for."""
+    Path("prose.txt").write_text(PROSE, encoding="utf-8", newline="")
+    command = ("heads", "--text", "prose.txt", "--heads", "L1H1,0.0", *asked)
+    rows = parsed(qklens(*command, "--json").out)
+    assert [(row["layer"], row["head"]) for row in rows] == [(1, 1), (0, 0)]
+    assert any("\x1b" in e["query_context"][0] + e["query_context"][1] for e in rows[0]["text"]["examples"])
+    lines = lines_of(qklens(*command).out)
+    assert [line[:4] for line in lines if line.startswith("L")] == ["L1H1", "L0H0"]
+    assert sum(line.startswith("  attends on text to: ") for line in lines) == 2
+
+
+def test_chosen_heads_on_a_text(qklens: Callable[..., Any], asked: tuple[object, ...]) -> None:
+    Path("prose.txt").write_text(PROSE, encoding="utf-8", newline="")
+    command = ("heads", "--folds", 2, "--text", "prose.txt", *asked)
+    table = HeadTable.model_validate(parsed(qklens(*command, "--json").out))
+    chosen = {(r.layer, r.head) for r in table.heads if r.chosen_in}
+    assert {(row["layer"], row["head"]) for row in table.text} == chosen
+    lines = lines_of(qklens(*command).out)
+    assert sum("on ordinary text" in line for line in lines) == len(chosen)
+
+
+def test_the_map_is_an_svg(qklens: Callable[..., Any], asked: tuple[object, ...]) -> None:
+    ended = qklens("heads", "--folds", 2, "--figure", "map.svg", *asked)
+    assert ended.status == 0
+    assert "map: map.svg" in ended.out
+    assert Path("map.svg").read_text().startswith("<svg")
+
+
+def hostile(value: Any) -> Any:
+    """Every name of a feature, token, source, dictionary or model replaced."""
+    names = {"query", "key", "source", "feature", "dictionary", "name", "top_tokens"}
+    if isinstance(value, dict):
+        return {
+            key: [HOSTILE]
+            if key == "top_tokens"
+            else HOSTILE
+            if key in names and isinstance(inner, str)
+            else hostile(inner)
+            for key, inner in value.items()
+        }
+    return [hostile(inner) for inner in value] if isinstance(value, list) else value
+
+
+def test_no_name_reaches_the_terminal_raw(
+    qklens: Callable[..., Any], asked: tuple[object, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Names come from dictionaries, vocabularies and folders that anyone may have made."""
+    pairs = pair_table.PairTable.model_validate(hostile(parsed(qklens(*QK, *asked, "--json").out)))
+    partners = partner_table.PartnerTable.model_validate(hostile(parsed(qklens(*PARTNERS, *asked, "--json").out)))
+    heads = HeadTable.model_validate(hostile(parsed(qklens("heads", "--folds", 2, *asked, "--json").out)))
+    capfd.readouterr()
+    for show in (
+        lambda: show_tables.pairs(pairs),
+        lambda: show_tables.partners(partners),
+        lambda: show_tables.heads(heads, 3, Path(HOSTILE)),
+    ):
+        show()
+        out = capfd.readouterr().out
+        lines_of(out)
+        assert "x\ufffd[2J" in out, "the name itself is shown"
