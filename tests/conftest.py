@@ -8,24 +8,17 @@ install_import_hook(
     ["qklens.models", "qklens.dictionaries", "qklens.interventions", "qklens.analyses"], "beartype.beartype"
 )
 
-import re  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from qklens.data.items import SHIPPED, Item, load_dataset  # noqa: E402
 from qklens.data.render import INSTRUCTION  # noqa: E402
 from qklens.models.families import load_family  # noqa: E402
 from qklens.models.subject import Subject, wrap_model  # noqa: E402
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
+from word_level import make_word_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,29 +30,6 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def items() -> tuple[Item, ...]:
     return load_dataset("harm_pressure").items
-
-
-def make_word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    words = sorted({w for text in texts for w in re.findall(r"\w+|[^\w\s]|\n", text)})
-    vocabulary = {word: i for i, word in enumerate([*SPECIALS, "\n", "A", "B", "(", ")", *words])}
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(vocabulary))}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"),
-            pre_tokenizers.Split(Regex(r"\n|[^\w\s]"), "isolated"),
-        ]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<|user|>", "<|assistant|>", "<|end|>"],
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,10 @@ class QklensError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
+class NoSpreadError(QklensError):
+    """A null distribution whose draws are all alike: nothing can be placed in it."""
+
+
 class NothingChangedError(QklensError):
     """An edit that changed no value anywhere: a mistake where one edit was asked for, no effect where all are tried."""
 

@@ -61,7 +61,7 @@ def test_every_feature_is_ranked_as_virtual_interaction_has_it(case, side, word_
     for layer in (1, 2):
         maps, turn = score_maps(subject, layer), offset_rotation(subject, layer, torch.tensor([2, 5, 11]))
         directions = 3 * normal(40, subject.d_model, seed=layer)
-        blocks.append(unit_directions(directions))
+        blocks.append(unit_directions(directions, centred=subject.family.norm.centred))
         readers.append(torch.stack([virtual_reader(maps, h, turn, held, side) for h in range(subject.n_heads)]))
         for head in range(subject.n_heads):
             pair = (held[None], directions) if side == "query" else (directions, held[None])

@@ -77,7 +77,10 @@ def test_the_table_of_heads(qklens: Callable[..., Any], asked: tuple[object, ...
         assert cells["folds"] == f"{found.chosen_in}/2"
     assert lines[6] == ""
     assert "on items left out: " in lines[-1]
-    assert f"{100 * table.held_out_share:.0f}% [" in lines[-1]
+    change = table.held_out_effect if table.ranked_by == "patch_gain" else -table.held_out_effect
+    assert f"changes the margin by {change:+.2f}" in lines[-1]
+    if table.held_out_share is None:
+        assert "neither is the margin clearly above zero" in lines[-1]
 
 
 def test_the_table_of_pairs(qklens: Callable[..., Any], asked: tuple[object, ...]) -> None:

@@ -46,21 +46,28 @@ def test_the_organism_is_ranked_by_patching_and_a_random_model_by_ablation(table
     first = organism_table.heads[0]
     assert (first.layer, first.head, first.chosen_in) == (2, 4, FOLDS)
     assert organism_table.held_out_share > 0.5
-    low, high = organism_table.held_out_ci
+    low, high = organism_table.held_out_share_ci
     assert low <= organism_table.held_out_share <= high
+    low, high = organism_table.held_out_effect_ci
+    assert 0 < low <= organism_table.held_out_effect <= high
     lost = organism_table.margin["none"] - organism_table.margin["harm"]
     for found in organism_table.heads:
         assert found.restores_when_patched == pytest.approx(found.patch_gain / lost, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("which", ["table", "organism_table"])
-def test_the_share_is_pooled_over_items_left_out(which, request):
-    """From the folds' own rows alone."""
+def test_the_effect_is_pooled_over_items_left_out(which, request):
+    """From the folds' own rows alone; a share is given where there is something to win."""
     found = request.getfixturevalue(which)
     n = sum(fold.items for fold in found.folds)
     whole = found.margin["none"] - (found.margin["harm"] if found.ranked_by == "patch_gain" else 0)
-    pooled = sum(fold.effect * fold.items for fold in found.folds) / (n * whole)
-    assert found.held_out_share == pytest.approx(pooled, rel=1e-4)
+    pooled = sum(fold.effect * fold.items for fold in found.folds) / n
+    assert found.held_out_effect == pytest.approx(pooled, rel=1e-4)
+    if which == "organism_table":
+        assert found.held_out_share == pytest.approx(pooled / whole, rel=1e-4)
+    else:
+        assert (found.held_out_share, found.held_out_share_ci) == (None, None)
+        assert {fold.share for fold in found.folds} == {None}
     assert found.data["n_items"] == n
     for r in found.heads:
         assert r.chosen_in == sum((r.layer, r.head) in fold.heads for fold in found.folds)
@@ -75,7 +82,6 @@ def test_a_fold_is_measured_on_its_own_items(lab, table):
         edit = HeadAblation({h: none.outputs[:, h[0], h[1]].mean(dim=0) for h in held.heads})
         lost = work.margins() - work.margins([edit])
         assert held.effect == pytest.approx(float(lost.mean()), abs=1e-3)
-        assert held.share == pytest.approx(float(lost.mean() / work.margins().mean()), rel=1e-2)
         assert held.items == len(rows) // 2
         assert held.letter_logit == pytest.approx(
             sum(float(none.letter_logit[rows, layer, head].mean()) for layer, head in held.heads), abs=1e-4
@@ -86,17 +92,21 @@ def test_heads_are_chosen_without_the_items_of_their_fold(tiny_llama, items, mon
     """Attention, letters and every edited margin of one fold's items are spoilt: the others' choice stands."""
     subject, folds = tiny_llama(num_hidden_layers=2), 3
     before = table_of(lab_of(subject, items), folds)
-    fold, whole = fold_items(items[:6], folds, 0), Workset.margins
+    fold, whole, many = fold_items(items[:6], folds, 0), Workset.margins, Workset.margins_each
     moved = 0
     for number in range(folds):
         spoilt = lab_of(subject, items)
         rows = torch.from_numpy(np.repeat(fold == number, 2))
 
-        def margins(work, interventions=(), rows=rows):
-            values = whole(work, interventions)
+        def noise(interventions, rows=rows):
             seed = sum(layer * 17 + head for edit in interventions for layer, head in edit.describe()["heads"])
-            noise = 20 * torch.randn(len(values), generator=torch.Generator().manual_seed(seed))
-            return values + noise * rows if interventions else values
+            return 20 * torch.randn(len(rows), generator=torch.Generator().manual_seed(seed)) * rows
+
+        def margins(work, interventions=(), noise=noise):
+            return whole(work, interventions) + (noise(interventions) if interventions else 0)
+
+        def margins_each(work, interventions, noise=noise, **options):
+            return many(work, interventions, **options) + torch.stack([noise([one]) for one in interventions])
 
         for condition in CONDITIONS:
             reading = spoilt.attention(condition, "all")
@@ -106,6 +116,7 @@ def test_heads_are_chosen_without_the_items_of_their_fold(tiny_llama, items, mon
             spoilt._attention[condition, "all"] = dataclasses.replace(reading, **changed)
         with monkeypatch.context() as patched:
             patched.setattr(Workset, "margins", margins)
+            patched.setattr(Workset, "margins_each", margins_each)
             after = table_of(spoilt, folds)
         assert after.ranked_by == before.ranked_by
         assert after.folds[number].heads == before.folds[number].heads

@@ -11,7 +11,6 @@ import torch
 from tokenizers import Regex, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import make_word_tokenizer
 from head_tables import by_item, lab_of, row, table_of
 from qklens.analyses.readings import read_patterns
 from qklens.analyses.statistics import bootstrap_means
@@ -24,6 +23,7 @@ from qklens.models.trace import trace
 from qklens.studies.harm_pressure.lab import Lab
 from qklens.studies.tables.head_table import HeadTable
 from tiny_families import tiny_model
+from word_level import make_word_tokenizer
 
 HEADS = [(0, 1), (1, 3), (2, 0)]
 

@@ -88,7 +88,11 @@ def test_pairs_are_ranked_on_one_half_and_measured_on_the_other(lab, table, head
     ends = [*order[:TOP].tolist(), *order.flip(0)[:TOP].tolist()]
     expected = [(names[i // len(names)], names[i % len(names)]) for i in ends]
     found = reading_of(table, head, reading)
-    assert [(p.query, p.key) for p in found.pairs[: 2 * TOP]] == expected
+    inner = chosen[:N, :N]
+    order = inner.flatten().argsort()
+    features = [*order[:TOP].tolist(), *order.flip(0)[:TOP].tolist()]
+    expected = list(dict.fromkeys([*expected, *((names[i // N], names[i % N]) for i in features)]))
+    assert [(p.query, p.key) for p in found.pairs[: len(expected)]] == expected
     for pair in found.pairs:
         q, k = names.index(pair.query), names.index(pair.key)
         assert pair.value == pytest.approx(float(measured[q, k]), abs=1e-5)
@@ -137,19 +141,30 @@ def test_a_difference_is_one_condition_less_the_other(lab):
         assert scores[2] == pytest.approx(scores[1] - scores[0], abs=1e-5)
 
 
-def test_q_runs_over_each_test_once(table):
-    """A pair that several readings list is one test a null."""
-    p_of, q_of = {}, {}
+def test_q_of_a_role_s_pair_is_over_such_pairs_and_of_another_over_all_that_were_searched(lab, table):
+    """A pair that several readings list is one test a null; listed pairs are the extremes of a search."""
+    p_of, q_of, roles = {}, {}, set()
     for reading in table.readings:
         for pair in reading.pairs:
             for test in pair.tests:
                 key = (reading.layer, reading.head, pair.query, pair.key, test.null)
                 assert p_of.setdefault(key, test.p) == test.p
                 assert q_of.setdefault(key, test.q) == test.q
+                roles |= {key} if pair.query_role and pair.key_role else set()
     listed = sum(len(pair.tests) for reading in table.readings for pair in reading.pairs)
     assert listed > len(p_of), "some pair is listed twice"
-    expected = multipletests(list(p_of.values()), method="fdr_bh")[1]
-    assert list(q_of.values()) == pytest.approx(expected.tolist())
+    searched = 0
+    for head in HEADS:
+        for reading in READINGS:
+            there = [dense(lab, head, c, "discovery")[:N, :N] != 0 for c in reading.split("-")]
+            sides = [torch.stack([t.any(dim=axis) for t in there]).any(dim=0).sum() for axis in (0, 1)]
+            searched += 4 * int(sides[0] * sides[1])
+    for family in (roles, set(p_of) - roles):
+        keys = [key for key in p_of if key in family]
+        padded = [p_of[key] for key in keys] + [1.0] * (searched - len(keys) if family is not roles else 0)
+        expected = multipletests(padded, method="fdr_bh")[1][: len(keys)]
+        assert [q_of[key] for key in keys] == pytest.approx(expected.tolist())
+    assert len(roles) >= 4
 
 
 def test_a_recorded_seed_gives_the_test_again(lab, table):
@@ -254,7 +269,10 @@ def test_a_span_that_is_not_there_is_refused(lab):
         ({"top": 0}, "--top 0: expected at least 1"),
         ({"draws": 29}, "--draws 29: a null needs at least 30 pairs"),
         (
-            {"weighting": weighting_named("share", "intent", ["content"]), "readings": ["harm-none"]},
+            {
+                "weighting": weighting_named("share", "intent", ["letter", "content", "boundary"]),
+                "readings": ["harm-none"],
+            },
             "span 'intent' is not in the bare question",
         ),
     ],

@@ -43,7 +43,7 @@ def mean_rotation(lab: Lab, layer: int, offset: int | None):
     distances = [
         len(prompt.tokens) - 1 - j
         for condition in ("none", "harm")
-        for prompt in lab.prompts(condition, "all")
+        for prompt in lab.prompts(condition, "report")
         for j in prompt.spans["correct"]
     ]
     turn = rotation(lab.subject, layer, torch.tensor(distances if offset is None else [offset]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Literal
 
 import torch
@@ -79,9 +80,12 @@ class PairTerms:
                 value[row[:, None], place] += terms.double()
             yield Block(part, columns, value)
 
-    def top(self, k: int) -> list[tuple[str, str, float]]:
-        """The k most negative and the k most positive pairs, by signed value: exact, over all pairs; ties by index."""
-        ends = [self._extreme(k, largest) for largest in (False, True)] if k > 0 else []
+    def top(self, k: int, *, features_only: bool = False) -> list[tuple[str, str, float]]:
+        """The k most negative and the k most positive pairs, by signed value: exact, over all pairs; ties by index.
+
+        `features_only` leaves out pairs with bias or error on a side.
+        """
+        ends = [self._extreme(k, largest, features_only) for largest in (False, True)] if k > 0 else []
         return [(self.names[q], self.names[key], value) for end in ends for value, q, key in end]
 
     def between(self, query: int, key: int) -> float:
@@ -149,10 +153,18 @@ class PairTerms:
         """Share of Σ|term| with an error on either side."""
         return sum(share for name, share in self.absolute_shares().items() if ERROR in name)
 
-    def _extreme(self, k: int, largest: bool) -> list[tuple[float, int, int]]:
-        sign = -1.0 if largest else 1.0
+    def searched(self) -> int:
+        """How many pairs of features there are to choose from."""
+        sides = (torch.cat([s.index[:-2] for s in side]).unique() for side in (self.query, self.key))
+        return prod(len(side) for side in sides)
+
+    def _extreme(self, k: int, largest: bool, features_only: bool) -> list[tuple[float, int, int]]:
+        sign, n = -1.0 if largest else 1.0, len(self.names) - 2
         best: list[tuple[float, int, int]] = []
         for block in self.blocks():
+            if features_only:
+                block.value[block.query >= n] = 0
+                block.value[:, block.key >= n] = 0
             flat = (sign * block.value).flatten()
             bound = best[-1][0] if len(best) == k else 0.0
             found = (flat < bound).nonzero()[:, 0]

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qklens.analyses.written import WrittenPrompt
-from qklens.errors import QklensError
+from qklens.errors import NoSpreadError, QklensError
 from qklens.models.norms import NormMap
 from qklens.models.scores import Rotation, ScoreMaps, virtual_interaction
 
@@ -204,7 +204,7 @@ def null_tests(
     once for all pairs; the others start from the seed for every pair, so that no result depends on the pairs beside it.
 
     Raises:
-        QklensError: an unknown null, fewer than 30 draws, or a null without spread.
+        QklensError: an unknown null, fewer than 30 draws, or (NoSpreadError) a null without spread.
     """
     if null not in NULLS:
         raise QklensError(f"null {null!r} is unknown; expected one of {list(NULLS)}")
@@ -236,8 +236,9 @@ def null_tests(
         draws = tests[0].draws if tests and null not in _OF_THE_PAIR else draw(pair)
         mean, spread = float(draws.mean()), float(draws.std())
         if spread == 0:
-            raise QklensError(
-                f"null {null!r} at layer {maps.layer} head {head} has no spread; the head's scores are constant"
+            raise NoSpreadError(
+                f"null {null!r} at layer {maps.layer} head {head} has no spread: every pair drawn interacts alike, as "
+                "where the answer token is the same in every prompt; leave this null or this head out"
             )
         extreme = int(((draws - mean).abs() >= abs(value - mean) - _ROUNDING * spread).sum())
         tests.append(NullTest(null, value, (value - mean) / spread, (1 + extreme) / (1 + n), draws, seed, note))

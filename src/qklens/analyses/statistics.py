@@ -103,8 +103,15 @@ def paired_effect(values: Array) -> float:
     return float(values.mean()) / max(spread, 1e-9) if np.any(values) else 0.0
 
 
-def benjamini_hochberg(p_values: list[float]) -> list[float]:
-    """q-values, in the order given."""
+def benjamini_hochberg(p_values: list[float], searched: int = 0) -> list[float]:
+    """q-values, in the order given.
+
+    Args:
+        p_values: of the tests made.
+        searched: how many tests there were to choose from, where these are the best of a search. The others count with
+            p = 1, so that no q is smaller than it would be with all of them: q_(j) = min_{i ≥ j} p_(i) searched / i.
+    """
     if not p_values:
         return []
-    return np.asarray(multipletests(p_values, method="fdr_bh")[1], dtype=float).tolist()
+    q = np.asarray(multipletests(p_values, method="fdr_bh")[1], dtype=float)
+    return np.minimum(q * max(searched / len(p_values), 1.0), 1.0).tolist()

@@ -71,10 +71,15 @@ def weighting_named(kind: str, span: str, parts: Sequence[str]) -> Weighting:
         QklensError: an unknown kind or part, or no part.
     """
     if kind not in KINDS:
-        raise QklensError(f"weighting {kind!r} is unknown; expected one of {list(KINDS)}{nearest(kind, KINDS)}")
+        raise QklensError(f"--kind {kind!r} is unknown; expected one of {list(KINDS)}{nearest(kind, KINDS)}")
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
-        raise QklensError(f"option parts {list(parts)}; expected some of {list(PARTS)}")
+        raise QklensError(f"--parts {list(parts)}: expected some of {list(PARTS)}")
+    option = kind == "contrastive" or span in ("correct", "incorrect", "option_A", "option_B")
+    if kind == "contrastive" and span != "correct":
+        raise QklensError(f"--span {span!r} has no say in --kind contrastive, which is correct - incorrect; drop one")
+    if not option and len(set(parts)) < len(PARTS):
+        raise QklensError(f"--parts has no say in span {span!r}; only options have letter, content and boundary")
     return Weighting(KINDS[KINDS.index(kind)], span, tuple(part for part in PARTS if part in parts))
 
 

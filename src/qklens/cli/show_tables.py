@@ -66,6 +66,7 @@ def heads(table: HeadTable, top: int, figure: Path | None) -> None:
         "attends: attention on the correct - incorrect option, its parts, and the same under harm. QK-score: of",
         "scores. copies: logits written towards the correct letter. ablated, patched (under harm, its pattern from",
         "the bare question): change of the margin in logits. folds: in how many it is chosen, one part left out each.",
+        "Rows are of all items, those that chose the head among them; the last line is of items left out alone.",
         f"on items left out: {found}",
     ]
     lines += [f"map: {figure}"] if figure else []
@@ -116,9 +117,14 @@ def pairs(table: PairTable) -> None:
         lines += ["", *_reading(reading)]
     lines += [
         "",
-        "value [95% over items]: mean term in score units, negative lowers attention. z, q: the pair's virtual",
-        "interaction against each null; q is Benjamini-Hochberg over this table. Another feature for a role: --role.",
+        "value [95% over items]: mean term in score units; negative lowers attention. z: the virtual interaction",
+        "against each null. q (Benjamini-Hochberg): for pairs of roles over such pairs; for others over all that were",
+        "searched, as a listed pair is extreme by construction. Another feature for a role: --role role=feature.",
     ]
+    twice = {r.feature for r in table.roles if r.chosen and r.role == "refuse_redirect"} & {
+        r.feature for r in table.roles if r.chosen and r.role == "harm_detection"
+    }
+    lines += [f"note: {feature} plays both refuse_redirect and harm_detection here" for feature in sorted(twice)]
     _write(lines)
 
 
@@ -188,7 +194,10 @@ def _tests(pair: Pair, nulls: Sequence[str]) -> list[str]:
     shown = []
     for null in nulls:
         test = by_null.get(null)
-        shown += [f"{test.z:+.1f}", f"{test.q:.3f}"] if test else [_MISSING, _MISSING]
+        if test is None or test.z is None or test.q is None:
+            shown += [_MISSING, _MISSING]
+        else:
+            shown += [f"{test.z:+.1f}", f"{test.q:.3f}"]
     return shown
 
 

@@ -115,8 +115,12 @@ class DecoderFile:
                     found[layer] = row[0]
         return found
 
-    def blocks(self, layers: Sequence[int], size: int = 1 << 14) -> Iterator[tuple[UnitDirections, ...]]:
+    def blocks(
+        self, layers: Sequence[int], size: int = 1 << 14, *, centred: bool = False
+    ) -> Iterator[tuple[UnitDirections, ...]]:
         """All features' unit directions at some layers, `size` features at a time, in float32.
+
+        `centred`: for an input norm that centres; see `unit_directions`.
 
         A block is overwritten when the one after it is asked for. A thread reads ahead while a block is used.
 
@@ -126,9 +130,9 @@ class DecoderFile:
         for layer in layers:
             if layer not in self.decoder:
                 raise QklensError(f"{self.path}: does not write layer {layer}; it writes layers {list(self.layers)}")
-        return self._blocks([self.decoder[layer] for layer in layers], size)
+        return self._blocks([self.decoder[layer] for layer in layers], size, centred)
 
-    def _blocks(self, stored: list[StoredTensor], size: int) -> Iterator[tuple[UnitDirections, ...]]:
+    def _blocks(self, stored: list[StoredTensor], size: int, centred: bool) -> Iterator[tuple[UnitDirections, ...]]:
         size = min(size, self.n_features)
         buffers = [[torch.zeros(size, matrix.shape[1]) for matrix in stored] for _ in range(2)]
         with _opened(self.path) as file, ThreadPoolExecutor(1) as ahead:
@@ -137,9 +141,8 @@ class DecoderFile:
             def load(begin: int) -> tuple[UnitDirections, ...]:
                 end = min(begin + size, self.n_features)
                 turn = buffers[begin // size % 2]
-                return tuple(
-                    reader.units(begin, rows[: end - begin]) for reader, rows in zip(readers, turn, strict=True)
-                )
+                pairs = zip(readers, turn, strict=True)
+                return tuple(reader.units(begin, rows[: end - begin], centred) for reader, rows in pairs)
 
             coming = ahead.submit(load, 0)
             for begin in range(size, self.n_features + size, size):
@@ -246,9 +249,10 @@ class _Rows:
                 raise _damaged(self._path, f"it ends inside tensor {self._stored.name!r}")
             waiting, offset = waiting[done:], offset + done
 
-    def units(self, begin: int, rows: Float[Tensor, "row d_model"]) -> UnitDirections:
+    def units(self, begin: int, rows: Float[Tensor, "row d_model"], centred: bool) -> UnitDirections:
         """Unit directions of the features from `begin` on, written into `rows`; zero past the last that writes."""
         n = min(len(rows), max(0, self._stored.shape[0] - begin))
         self.read(begin, rows[:n])
         rows[n:] = 0
-        return unit_directions(rows, f"{self._path}: tensor {self._stored.name!r}", begin, in_place=True)
+        name = f"{self._path}: tensor {self._stored.name!r}"
+        return unit_directions(rows, name, begin, in_place=True, centred=centred)

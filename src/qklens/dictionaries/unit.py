@@ -43,7 +43,11 @@ class UnitDirections:
 
 
 def unit_directions(
-    directions: Float[Tensor, "feature d_model"], name: str = "directions", first: int = 0, in_place: bool = False
+    directions: Float[Tensor, "feature d_model"],
+    name: str = "directions",
+    first: int = 0,
+    in_place: bool = False,
+    centred: bool = False,
 ) -> UnitDirections:
     """Scale each direction to unit length, in float32 or better; one shorter than 1e-12 counts as not written.
 
@@ -52,11 +56,17 @@ def unit_directions(
         name: what an error calls them.
         first: what an error counts rows from.
         in_place: overwrite `directions`, which are in float32 or better, to save their memory.
+        centred: take each direction's mean off first, as an input norm does that centres; what is then nothing but
+            rounding counts as not written.
 
     Raises:
         QklensError: a direction holds NaN or infinity, or is too long for its norm to be a number.
     """
-    rows = at_least_float32(directions)
+    rows, shortest = at_least_float32(directions), torch.tensor(SHORTEST)
+    if centred:
+        shortest = 8 * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows, dim=1) + SHORTEST
+        mean = rows.mean(dim=1, keepdim=True)
+        rows = rows.sub_(mean) if in_place else rows - mean
     norm = torch.linalg.vector_norm(rows, dim=1)
     finite = norm.isfinite()
     if not finite.all():
@@ -64,6 +74,6 @@ def unit_directions(
         raise QklensError(
             f"{name}: row {row} holds NaN or infinity, or its norm overflows; expected finite decoder directions"
         )
-    present = norm > SHORTEST
+    present = norm > shortest.to(norm)
     inverse = torch.where(present, norm.reciprocal(), norm.new_zeros(()))[:, None]
     return UnitDirections(rows.mul_(inverse) if in_place else rows * inverse, present)

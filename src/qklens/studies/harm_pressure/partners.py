@@ -33,7 +33,8 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str], items: int | No
     for layer in layers:
         if int(alive[layer].sum()) < 2:  # a handful of directions: z against all of them
             alive[layer] = torch.ones_like(alive[layer])
-    units = {layer: unit_directions(directions[layer]) for layer in layers}
+    centred = lab.subject.family.norm.centred
+    units = {layer: unit_directions(directions[layer], centred=centred) for layer in layers}
     readers = {
         layer: torch.stack(
             [

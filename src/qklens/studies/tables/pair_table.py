@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from pydantic import Field
-
 from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role
 from qklens.analyses.interactions import PairTerms, Side, mean_terms, refuse_silence
 from qklens.analyses.lens import ERROR, HeadLens
@@ -19,81 +17,18 @@ from qklens.analyses.nulls import MIN_PAIRS, NULLS, NullName, NullTest, feature_
 from qklens.analyses.statistics import Array, benjamini_hochberg, bootstrap_means
 from qklens.analyses.weighting import REALISED, Weighting
 from qklens.data.render import CONDITIONS
-from qklens.errors import QklensError, nearest
+from qklens.errors import NoSpreadError, QklensError, nearest
 from qklens.interventions.steer import Head
-from qklens.models.scores import score_maps
-from qklens.strict import Strict
+from qklens.models.scores import score_maps, virtual_interaction
 from qklens.studies.harm_pressure.belief import belief_candidates
 from qklens.studies.harm_pressure.heads import choose_heads, heads_to_read
 from qklens.studies.harm_pressure.lab import HALVES, Half, Lab
 from qklens.studies.harm_pressure.roles import find_roles, known_roles
 from qklens.studies.harm_pressure.zscores import populations
-from qklens.studies.results import RoleCandidate
+from qklens.studies.tables.pair_rows import Marginal, Pair, PairReading, PairTable, Test
 
 READINGS: tuple[str, ...] = ("none", "harm", "benign", "harm-none", "harm-benign")
 CLAIM_NULLS: tuple[NullName, ...] = ("random_pairs", "matched")
-
-
-class Test(Strict):
-    """A pair's virtual interaction against one null."""
-
-    null: str
-    z: float
-    p: float = Field(description="empirical, two-sided")
-    q: float = Field(description="Benjamini-Hochberg over all tests of this table")
-    n_draws: int
-    seed: int
-    note: str | None
-
-
-class Pair(Strict):
-    """One pair of sources."""
-
-    query: str
-    key: str
-    query_role: str | None
-    key_role: str | None
-    value: float = Field(description="mean term, score units, on the half that did not choose it")
-    ci: tuple[float, float] = Field(description="95% bootstrap over items")
-    value_when_chosen: float = Field(description="the same on the half that ranked it")
-    virtual: float | None = Field(description="weights only, unit vectors; null for bias and error")
-    tests: list[Test]
-
-
-class Marginal(Strict):
-    """One source's sum over all sources of the other side, exact."""
-
-    source: str
-    value: float
-
-
-class PairReading(Strict):
-    """One head under one condition, or one difference of two."""
-
-    layer: int
-    head: int
-    reading: str
-    score: float = Field(description="the mean weighted score; all pairs sum to it")
-    by_kind: dict[str, float] = Field(description="sums by kind of source, query side first; they sum to the score")
-    absolute_by_kind: dict[str, float] = Field(description="shares of the sum of |term|; they sum to 1")
-    error_share: float = Field(description="share of the sum of |term| with an error on either side")
-    marginals: dict[Side, list[Marginal]] = Field(description="strongest from both ends, and bias and error always")
-    pairs: list[Pair] = Field(
-        description="most negative first, then most positive, then pairs of roles that write this layer"
-    )
-
-
-class PairTable(Strict):
-    """The whole of `qklens qk --json`."""
-
-    model: dict[str, Any]
-    dictionary: dict[str, Any]
-    data: dict[str, Any]
-    seed: int
-    weighting: dict[str, Any]
-    heads: list[Head]
-    roles: list[RoleCandidate] = Field(description="ranked candidates with their evidence")
-    readings: list[PairReading]
 
 
 @dataclass(frozen=True)
@@ -169,13 +104,15 @@ def pair_table(
     belief = belief_candidates(lab)[0].feature
     roles, candidates = find_roles(lab, heads, lab.source.labels[belief], named)
     listed = [one for lens in lenses for one in _list_pairs(lab, lens, request, roles.chosen)]
-    tests: dict[tuple[Head, int, int], list[NullTest]] = {}
+    tests: dict[tuple[Head, int, int], list[NullTest | str]] = {}
     for head in heads:
         tests |= _test_pairs(lab, head, [one for one in listed if one.head == head], request)
         step()
-    q_values = iter(benjamini_hochberg([test.p for row in tests.values() for test in row]))
-    tested = {pair: [_test(test, next(q_values), request.draws) for test in row] for pair, row in tests.items()}
-    virtual = {pair: row[0].value for pair, row in tests.items()}
+    named_pairs = {(one.head, *pair) for one in listed for pair in one.named}
+    searched = len(request.nulls) * sum(one.searched for one in listed)
+    tested = _adjusted({p: row for p, row in tests.items() if p in named_pairs}, request, 0)
+    tested |= _adjusted({p: row for p, row in tests.items() if p not in named_pairs}, request, searched)
+    virtual = {(head, q, k): _virtual(lab, head, q, k) for head, q, k in tests}
     return PairTable(
         model=lab.subject.describe(),
         dictionary=lab.source.describe(),
@@ -190,12 +127,17 @@ def pair_table(
 
 @dataclass(frozen=True)
 class _Listed:
-    """The pairs of one head in one reading: indices, and their values on both halves."""
+    """The pairs of one head in one reading: indices, and their values on both halves.
+
+    `named` are those of roles, `searched` is how many pairs of features the others were chosen from.
+    """
 
     head: Head
     reading: str
     report: PairTerms
     pairs: list[tuple[int, int]]
+    named: list[tuple[int, int]]
+    searched: int
     chosen: Array
     value: Array
     low: Array
@@ -220,7 +162,8 @@ def _list_pairs(lab: Lab, lens: HeadLens, request: PairRequest, roles: dict[Role
         halves = {
             half: terms[first, half].minus(terms[rest[0], half]) if rest else terms[first, half] for half in HALVES
         }
-        ranked = [(index[q], index[k]) for q, k, _ in halves["discovery"].top(request.top)]
+        both = (halves["discovery"].top(request.top, features_only=only) for only in (False, True))
+        ranked = [(index[q], index[k]) for end in both for q, k, _ in end]
         pairs = list(dict.fromkeys([*ranked, *named]))
         by_half = {
             half: _by_item(terms[first, half], pairs) - (_by_item(terms[rest[0], half], pairs) if rest else 0.0)
@@ -233,6 +176,8 @@ def _list_pairs(lab: Lab, lens: HeadLens, request: PairRequest, roles: dict[Role
                 reading,
                 halves["report"],
                 pairs,
+                named,
+                halves["discovery"].searched(),
                 by_half["discovery"].mean(axis=0),
                 by_half["report"].mean(axis=0),
                 low,
@@ -249,32 +194,47 @@ def _by_item(terms: PairTerms, pairs: Sequence[tuple[int, int]]) -> Array:
 
 def _test_pairs(
     lab: Lab, head: Head, listed: Sequence[_Listed], request: PairRequest
-) -> dict[tuple[Head, int, int], list[NullTest]]:
-    """Each listed pair of features against each null, once however often it is listed."""
+) -> dict[tuple[Head, int, int], list[NullTest | str]]:
+    """Each listed pair of features against each null, once however often it is listed; or why it cannot be placed."""
     queries, keys = populations(lab, head[0])
     n = len(queries.vectors)
     pairs = list(dict.fromkeys(pair for one in listed for pair in one.pairs if max(pair) < n))
     if not pairs:
         return {}
-    by_null = [
-        null_tests(
-            null,
-            score_maps(lab.subject, head[0]),
-            head[1],
-            lab.mean_turn(head[0]),
-            queries,
-            keys,
-            feature_pairs(queries, keys, pairs),
-            n=request.draws,
-            seed=seed_for(lab.seed, *head, null),
-        )
-        for null in request.nulls
-    ]
+    maps, turn = score_maps(lab.subject, head[0]), lab.mean_turn(head[0])
+
+    def against(null: NullName, some: Sequence[tuple[int, int]]) -> list[NullTest | str]:
+        chosen, seed = feature_pairs(queries, keys, some), seed_for(lab.seed, *head, null)
+        try:
+            return list(null_tests(null, maps, head[1], turn, queries, keys, chosen, n=request.draws, seed=seed))
+        except NoSpreadError as error:
+            return [str(error)] if len(some) == 1 else [one for pair in some for one in against(null, [pair])]
+
+    by_null = [against(null, pairs) for null in request.nulls]
     return {(head, *pair): list(row) for pair, row in zip(pairs, zip(*by_null, strict=True), strict=True)}
 
 
-def _test(test: NullTest, q: float, draws: int) -> Test:
-    return Test(null=test.null, z=test.z, p=test.p, q=q, n_draws=draws, seed=test.seed, note=test.note)
+def _adjusted(
+    tests: dict[tuple[Head, int, int], list[NullTest | str]], request: PairRequest, searched: int
+) -> dict[tuple[Head, int, int], list[Test]]:
+    """One family of tests with its q-values."""
+    p_values = [test.p for row in tests.values() for test in row if isinstance(test, NullTest)]
+    q_values = iter(benjamini_hochberg(p_values, searched))
+
+    def shown(null: str, test: NullTest | str) -> Test:
+        if isinstance(test, str):
+            return Test(null=null, z=None, p=None, q=None, n_draws=request.draws, seed=None, note=test)
+        return Test(
+            null=null, z=test.z, p=test.p, q=next(q_values), n_draws=request.draws, seed=test.seed, note=test.note
+        )
+
+    return {pair: [shown(null, t) for null, t in zip(request.nulls, row, strict=True)] for pair, row in tests.items()}
+
+
+def _virtual(lab: Lab, head: Head, query: int, key: int) -> float:
+    directions = lab.source.directions(head[0])
+    maps, turn = score_maps(lab.subject, head[0]), lab.mean_turn(head[0])
+    return float(virtual_interaction(maps, head[1], turn, directions[query][None], directions[key][None])[0])
 
 
 def _reading(

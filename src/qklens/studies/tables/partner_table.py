@@ -61,7 +61,10 @@ class PartnerTable(Strict):
 
     model: dict[str, Any]
     dictionary: str
+    data: dict[str, Any] = Field(description="items decide the heads, a role's feature and the mean rotation")
+    seed: int
     n_features: int
+    asked: str = Field(description="the feature or role that was asked for")
     feature: str
     side: Side = Field(description="where the feature is held; the listed ones are on the other side")
     offsets: str = Field(description="which distances p - j the rotations are averaged over")
@@ -121,7 +124,7 @@ class _Decoder(Protocol):
 
     def direction(self, feature: int) -> dict[int, Float[Tensor, " d_model"]]: ...
 
-    def blocks(self, layers: Sequence[int]) -> Iterable[Block]: ...
+    def blocks(self, layers: Sequence[int], *, centred: bool) -> Iterable[Block]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +150,8 @@ class _InMemory:
     def direction(self, feature: int) -> dict[int, Float[Tensor, " d_model"]]:
         return {layer: self.source.directions(layer)[feature] for layer in self.layers}
 
-    def blocks(self, layers: Sequence[int]) -> Iterable[Block]:
-        return [tuple(unit_directions(self.source.directions(layer)) for layer in layers)]
+    def blocks(self, layers: Sequence[int], *, centred: bool) -> Iterable[Block]:
+        return [tuple(unit_directions(self.source.directions(layer), centred=centred) for layer in layers)]
 
 
 def partner_table(
@@ -170,6 +173,9 @@ def partner_table(
         raise QklensError(f"--role {stray}: expected the role that --feature asks for, one of {list(ROLES)}")
     folder = dictionary_folder(config)
     lab = open_lab(config)
+    context = lab.subject.context
+    if request.offset is not None and context is not None and request.offset >= context:
+        raise QklensError(f"--offset {request.offset}: {lab.subject.name} sees {context} tokens; expected less")
     tick(1)
     with threads_for(lab.subject):
         decoder, name = _decoder(lab, folder)
@@ -194,11 +200,14 @@ def partner_table(
             torch.stack([_reader(lab, head, directions[layer], request) for head in columns if head[0] == layer])
             for layer in layers
         ]
-        ranked = rank_partners(decoder.blocks(layers), readers, request.top)
+        ranked = rank_partners(decoder.blocks(layers, centred=lab.subject.family.norm.centred), readers, request.top)
     names = [f"L{layer}H{head}" for layer, head in columns] + ["mean"]
     return PartnerTable(
         model=lab.subject.describe(),
         dictionary=name,
+        data=lab.dataset.describe(),
+        seed=lab.seed,
+        asked=request.feature,
         n_features=decoder.n_features,
         feature=decoder.label(feature),
         side=request.side,
@@ -269,7 +278,7 @@ def _reader(lab: Lab, head: Head, direction: Tensor, request: PartnerRequest) ->
 
 def _turn(lab: Lab, layer: int, offset: int | None) -> Rotation:
     if offset is None:
-        return lab.mean_turn(layer, "all")
+        return lab.mean_turn(layer)
     return offset_rotation(lab.subject, layer, torch.tensor([offset]))
 
 
