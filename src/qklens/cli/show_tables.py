@@ -97,12 +97,13 @@ def pairs(table: PairTable) -> None:
         f"({', '.join(how['parts'])}), ranked on half of {table.data['n_items']} items, measured on the other half",
         "",
         *_columns(
-            ("role", "feature", "contrast", "steadiness", "interaction", "tokens"),
+            ("role", "feature", "contrast", "other half", "steadiness", "interaction", "tokens"),
             [
                 (
                     r.role if r.chosen else "",
                     f"{r.feature}{' (named)' if r.named else ''}",
                     _signed(r.contrast),
+                    _signed(r.contrast_report),
                     _signed(r.steadiness),
                     _signed(r.interaction),
                     " ".join(r.top_tokens),
@@ -110,7 +111,7 @@ def pairs(table: PairTable) -> None:
                 for role in dict.fromkeys(r.role for r in table.roles)
                 for r in [c for c in table.roles if c.role == role][:3]
             ],
-            left=(0, 1, 5),
+            left=(0, 1, 6),
         ),
     ]
     for reading in table.readings:

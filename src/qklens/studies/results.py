@@ -305,6 +305,7 @@ class RoleCandidate(Strict):
     role: str
     feature: str
     contrast: float = Field(description="mean contrast that defines the role, in decoder-norm units")
+    contrast_report: float | None = Field(default=None, description="the same on the half that did not rank it")
     steadiness: float = Field(description="that contrast's mean over its standard deviation, over items")
     refusal: float = Field(description="harmful minus benign intent said alone, at the last position, same units")
     interaction: float = Field(description="realised interaction with its partner role at the selected heads")

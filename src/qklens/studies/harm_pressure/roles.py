@@ -109,11 +109,14 @@ def find_roles(
         ),
     }
     refusal = item_means(readings.refusal).mean(dim=0)
+    others = lab.activation_readings("report", layer)
+    elsewhere = {role: contrast(others, role).mean(dim=0) for role in ROLES}
     table = [
         RoleCandidate(
             role=name,
             feature=lab.source.labels[feature],
             contrast=float(by_item[name].mean(dim=0)[feature]),
+            contrast_report=float(elsewhere[name][feature]),
             steadiness=float(consistency(by_item[name])[feature]),
             refusal=float(refusal[feature]),
             interaction=float(interaction[name][feature]),
