@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qklens.analyses.decompose import Decomposition, decompose
+    from qklens.analyses.interactions import PairTerms, mean_terms
+    from qklens.analyses.lens import head_lens
+    from qklens.analyses.nulls import null_tests
+    from qklens.analyses.on_text import heads_on_text
+    from qklens.analyses.partners import rank_partners
+    from qklens.analyses.weighting import Weighting
+    from qklens.analyses.written import write_prompts
     from qklens.data.items import Item, load_dataset
     from qklens.data.render import LetterForm, Prompt, render
     from qklens.dictionaries.crosscoder import load_crosscoder
@@ -27,8 +34,12 @@ if TYPE_CHECKING:
     from qklens.models.subject import Subject
     from qklens.models.trace import Trace, trace
     from qklens.report.run import study_with_report
-    from qklens.studies.config import StudyConfig
+    from qklens.studies.config import LabConfig, StudyConfig
+    from qklens.studies.opening import open_lab, ready_lab
     from qklens.studies.results import Results
+    from qklens.studies.tables.head_table import HeadTable, head_table
+    from qklens.studies.tables.pair_table import PairRequest, pair_table
+    from qklens.studies.tables.partner_table import PartnerRequest, partner_table
 
 _HOME = {
     "Batch": "models.batch",
@@ -38,8 +49,13 @@ _HOME = {
     "Directions": "dictionaries.directions",
     "FeatureSource": "dictionaries.source",
     "HeadAblation": "interventions.patch",
+    "HeadTable": "studies.tables.head_table",
     "Item": "data.items",
+    "LabConfig": "studies.config",
     "LetterForm": "data.render",
+    "PairRequest": "studies.tables.pair_table",
+    "PairTerms": "analyses.interactions",
+    "PartnerRequest": "studies.tables.partner_table",
     "PatternPatch": "interventions.patch",
     "Prompt": "data.render",
     "QklensError": "errors",
@@ -50,17 +66,29 @@ _HOME = {
     "StudyConfig": "studies.config",
     "Subject": "models.subject",
     "Trace": "models.trace",
+    "Weighting": "analyses.weighting",
     "Workset": "interventions.engine",
     "capture": "models.sites",
     "decompose": "analyses.decompose",
+    "head_lens": "analyses.lens",
+    "head_table": "studies.tables.head_table",
+    "heads_on_text": "analyses.on_text",
     "left_padded": "models.batch",
     "load_crosscoder": "dictionaries.crosscoder",
     "load_dataset": "data.items",
     "load_subject": "models.loading",
+    "mean_terms": "analyses.interactions",
+    "null_tests": "analyses.nulls",
+    "open_lab": "studies.opening",
+    "pair_table": "studies.tables.pair_table",
+    "partner_table": "studies.tables.partner_table",
+    "rank_partners": "analyses.partners",
+    "ready_lab": "studies.opening",
     "render": "data.render",
     "self_check": "models.selfcheck",
     "study_with_report": "report.run",
     "trace": "models.trace",
+    "write_prompts": "analyses.written",
 }
 
 __all__ = [
@@ -71,8 +99,13 @@ __all__ = [
     "Directions",
     "FeatureSource",
     "HeadAblation",
+    "HeadTable",
     "Item",
+    "LabConfig",
     "LetterForm",
+    "PairRequest",
+    "PairTerms",
+    "PartnerRequest",
     "PatternPatch",
     "Prompt",
     "QklensError",
@@ -83,17 +116,29 @@ __all__ = [
     "StudyConfig",
     "Subject",
     "Trace",
+    "Weighting",
     "Workset",
     "capture",
     "decompose",
+    "head_lens",
+    "head_table",
+    "heads_on_text",
     "left_padded",
     "load_crosscoder",
     "load_dataset",
     "load_subject",
+    "mean_terms",
+    "null_tests",
+    "open_lab",
+    "pair_table",
+    "partner_table",
+    "rank_partners",
+    "ready_lab",
     "render",
     "self_check",
     "study_with_report",
     "trace",
+    "write_prompts",
 ]
 
 

@@ -8,6 +8,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+Tick = Callable[[int], Callable[[], None]]
+"""Called with the number of steps, it gives what to call after each."""
+
+
+def silent(_: int) -> Callable[[], None]:
+    """A `Tick` that shows nothing."""
+    return lambda: None
+
 
 class StageProgress:
     """Shows which stage runs and how many are done."""
@@ -37,7 +45,7 @@ class StageProgress:
 
 
 @contextmanager
-def stepping(description: str) -> Iterator[Callable[[int], Callable[[], None]]]:
+def stepping(description: str) -> Iterator[Tick]:
     """One bar for a table under way: called with the number of steps, it gives what to call after each.
 
     Without a terminal a line says what runs, once the first step is done: input that is refused before leaves one line

@@ -39,6 +39,7 @@ from qklens.interventions.patch import HeadAblation, PatternPatch
 from qklens.interventions.steer import Head
 from qklens.strict import Strict
 from qklens.studies.harm_pressure.lab import Lab, fold_items
+from qklens.studies.progress import Tick, silent
 
 Interval = tuple[float, float]
 FOLDS = 5
@@ -141,9 +142,7 @@ def heads_on_file(lab: Lab, heads: Sequence[Head], path: Path) -> list[HeadOnTex
     return heads_on_text(lab.work("none", "all"), path, heads, items=items, seed=lab.seed)
 
 
-def head_table(
-    lab: Lab, *, folds: int = FOLDS, text: Path | None = None, tick: Callable[[int], Callable[[], None]]
-) -> HeadTable:
+def head_table(lab: Lab, *, folds: int = FOLDS, text: Path | None = None, tick: Tick = silent) -> HeadTable:
     """Measure every head and choose with cross-validation over items.
 
     Args:

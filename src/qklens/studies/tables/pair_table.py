@@ -6,8 +6,9 @@ virtual interaction stands against null distributions beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, get_args
 
 from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role
@@ -25,6 +26,7 @@ from qklens.studies.harm_pressure.heads import choose_heads, heads_to_read
 from qklens.studies.harm_pressure.lab import HALVES, Half, Lab
 from qklens.studies.harm_pressure.roles import find_roles, known_roles
 from qklens.studies.harm_pressure.zscores import populations
+from qklens.studies.progress import Tick, silent
 from qklens.studies.tables.pair_rows import Marginal, Pair, PairReading, PairTable, Test
 
 READINGS: tuple[str, ...] = ("none", "harm", "benign", "harm-none", "harm-benign")
@@ -83,7 +85,7 @@ class PairRequest:
 
 
 def pair_table(
-    lab: Lab, request: PairRequest, named: dict[str, str], *, tick: Callable[[int], Callable[[], None]]
+    lab: Lab, request: PairRequest, named: Mapping[str, str] = MappingProxyType({}), *, tick: Tick = silent
 ) -> PairTable:
     """Read the pairs of some heads.
 
