@@ -125,6 +125,8 @@ def pairs(table: PairTable) -> None:
     twice = {r.feature for r in table.roles if r.chosen and r.role == "refuse_redirect"} & {
         r.feature for r in table.roles if r.chosen and r.role == "harm_detection"
     }
+    notes = {t.note for r in table.readings for p in r.pairs for t in p.tests if t.note}
+    lines += [f"note: {note}" for note in sorted(notes)]
     lines += [f"note: {feature} plays both refuse_redirect and harm_detection here" for feature in sorted(twice)]
     _write(lines)
 
