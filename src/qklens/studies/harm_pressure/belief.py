@@ -14,6 +14,9 @@ SHOWN = 8
 def run(lab: Lab) -> StageOutput:
     """Rank the features that separate the options without pressure, then test each under every condition."""
     candidates = belief_candidates(lab)
+    read = sorted({layer for c in candidates for layer in (c.layer, *lab.source.reads(c.layer))})
+    for condition in CONDITIONS:
+        lab.streams(condition, "report", read)  # all layers in one pass
     features = [_tested(lab, candidate) for candidate in candidates]
     first = features[0]
     belief = Belief(
