@@ -138,20 +138,20 @@ def test_no_card_excuses_a_dictionary_that_writes_nothing(lab: Lab) -> None:
 def test_a_dictionary_of_another_model_is_refused(lab: Lab, changes: dict[str, Any], says: str) -> None:
     subject = replace(lab.subject, sha256="cd" * 32)
     healthy = mirror(subject.d_model, model_sha256="cd" * 32)
-    check_belongs(healthy, subject, FOLDER)
+    check_belongs(healthy.config, subject, FOLDER)
     other = replace(healthy, config=healthy.config.model_copy(update=changes))
     with pytest.raises(QklensError) as caught:
-        check_belongs(other, subject, FOLDER)
+        check_belongs(other.config, subject, FOLDER)
     assert str(caught.value).startswith(f"{FOLDER / 'dictionary.json'}: {says}")
 
 
 def test_an_unrecorded_model_may_be_any(lab: Lab) -> None:
-    check_belongs(mirror(lab.subject.d_model), replace(lab.subject, sha256="cd" * 32), FOLDER)
+    check_belongs(mirror(lab.subject.d_model).config, replace(lab.subject, sha256="cd" * 32), FOLDER)
 
 
 def test_the_shipped_dictionary_is_the_chat_model_s_and_no_other_checkpoint_s() -> None:
     folder = organism_folder() / "dictionary"
     dictionary = load_crosscoder(folder)
-    check_belongs(dictionary, load_subject(organism_folder() / "chat"), folder)
+    check_belongs(dictionary.config, load_subject(organism_folder() / "chat"), folder)
     with pytest.raises(QklensError, match="was trained on weights with model_sha256"):
-        check_belongs(dictionary, load_subject(organism_folder() / "base"), folder)
+        check_belongs(dictionary.config, load_subject(organism_folder() / "base"), folder)
