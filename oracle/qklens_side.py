@@ -24,7 +24,8 @@ from qklens.analyses.lens import head_lens
 from qklens.analyses.written import write_prompts
 from qklens.models.attention import AttentionRead
 from qklens.models.edits import VectorEdit
-from qklens.models.passes import Reads, run_pass
+from qklens.models.passes import run_pass
+from qklens.models.running import Reads
 from qklens.models.scores import ScoreMaps, score_maps
 
 

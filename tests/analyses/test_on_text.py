@@ -19,7 +19,8 @@ from qklens.interventions.engine import Workset
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
 from qklens.models.families import load_family
-from qklens.models.passes import Reads, run_pass
+from qklens.models.passes import run_pass
+from qklens.models.running import Reads
 from qklens.models.subject import Subject, wrap_model
 from tiny_families import CASES, LAYERS, tiny_model
 
@@ -156,7 +157,7 @@ def plain_pass(subject: Subject, tokens: tuple[int, ...], layer: int) -> tuple[t
     )
     norm = subject.family.output_norm(subject.layers[layer])
     hook = subject.attention(layer).register_forward_hook(lambda _m, _i, out: seen.__setitem__("whole", out[0][0]))
-    prefix = run_pass(subject, left_padded([tokens], 0, CPU), reads=reads, keep_prefix=True).prefix
+    prefix = run_pass(subject, left_padded([tokens], 0, CPU), reads=reads, keep=True).own
     hook.remove()
     values = prefix.pairs[layer][1][0].repeat_interleave(subject.n_heads // subject.n_kv_heads, dim=0)
     weight, bias = subject.output_weight(layer), subject.output_bias(layer)

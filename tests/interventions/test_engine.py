@@ -13,7 +13,7 @@ from qklens.interventions.engine import Workset
 from qklens.interventions.patch import HeadAblation, PatternPatch, ScoreShift, align_rows
 from qklens.interventions.steer import Steer
 from qklens.models.attention import AttentionRead
-from qklens.models.passes import Reads
+from qklens.models.running import Reads
 from qklens.models.scores import rotation, score_maps
 
 FORM = LetterForm("", "")
@@ -80,9 +80,9 @@ def test_an_edit_at_the_answer_runs_one_token_a_prompt(tiny_llama, prompts):
     subject = tiny_llama()
     work = Workset(subject, prompts)
     work.logits()
-    before = work.columns_run
+    before = work.ran.columns
     work.logits([Steer(direction(subject), 1.0, side="query", layers=(1,), tokens=("answer",))])
-    assert work.columns_run - before == len(prompts)
+    assert work.ran.columns - before == len(prompts)
 
 
 def test_strength_zero_is_clean_bit_for_bit(tiny_llama, prompts):

@@ -64,10 +64,10 @@ def interventions(subject, work: Workset) -> list:
     ]
 
 
-@pytest.mark.parametrize(("reuse", "rows_at_once"), [(True, 13), (True, 256), (False, 256)])
-def test_each_is_as_if_it_ran_alone(alone, prompts, reuse, rows_at_once, monkeypatch):
+@pytest.mark.parametrize(("reuse", "columns"), [(True, 13), (True, 256), (False, 256)])
+def test_each_is_as_if_it_ran_alone(alone, prompts, reuse, columns, monkeypatch):
     subject, some, expected, clean = alone
-    monkeypatch.setattr(engine, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(engine, "COPIED_COLUMNS", columns)
     monkeypatch.setattr(engine, "TOKENS_PER_BATCH", 150)  # several batches of prompts
     work = Workset(subject, prompts, reuse=reuse)
     assert len(work.chunks) > 1
@@ -80,10 +80,10 @@ def test_each_is_as_if_it_ran_alone(alone, prompts, reuse, rows_at_once, monkeyp
 def test_answer_edits_run_one_token_a_row(tiny_llama, prompts):
     work = Workset(tiny_llama(), prompts)
     work.margins()
-    before = work.columns_run
+    before = work.ran.columns
     ablations = [HeadAblation({(layer, 0): torch.zeros(8)}) for layer in range(3)]
     work.margins_each(ablations)
-    assert work.columns_run - before == 3 * len(prompts)
+    assert work.ran.columns - before == 3 * len(prompts)
 
 
 def test_one_that_changes_nothing_is_named(tiny_llama, prompts):

@@ -13,7 +13,9 @@ from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
 from qklens.models.edits import VectorEdit
 from qklens.models.families import FAMILIES, load_family
-from qklens.models.passes import Reads, run_pass
+from qklens.models.kept import Beginning
+from qklens.models.passes import run_pass
+from qklens.models.running import Reads
 from qklens.models.scores import rotation, score_maps
 from qklens.models.selfcheck import self_check
 from qklens.models.subject import Subject, wrap_model
@@ -164,10 +166,10 @@ def test_a_key_or_value_edit_reaches_its_head_and_leaves_the_other_sides(case, s
 def test_a_prefix_gives_the_same_logits_as_the_whole_prompt(case, word_tokenizer):
     subject = subject_for(tiny_model(case, len(word_tokenizer), torch.float32), word_tokenizer)
     batch = left_padded([TOKENS, TOKENS[3:]], 0, subject.device)
-    prefix = run_pass(subject, batch, keep_prefix=True).prefix
+    prefix = run_pass(subject, batch, keep=True).own
     mask = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
     mask[:, -1] = True
     edit = VectorEdit(2, "query", mask, lambda rows, _: 2 * rows + 0.5, (1,))
     whole = run_pass(subject, batch, [edit]).logits
-    short = run_pass(subject, batch, [edit], prefix=prefix, start=batch.width - 1).logits
+    short = run_pass(subject, batch, [edit], beginning=Beginning(prefix, batch.width - 1)).logits
     assert float((whole - short).abs().max()) <= 1e-5 * max(1.0, float(whole.abs().max()))

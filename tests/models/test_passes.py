@@ -11,7 +11,9 @@ from qklens.errors import QklensError
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
 from qklens.models.edits import OutputEdit, PatternEdit, VectorEdit
-from qklens.models.passes import Reads, run_pass
+from qklens.models.kept import Beginning
+from qklens.models.passes import run_pass
+from qklens.models.running import Reads
 from qklens.models.selfcheck import self_check
 
 LAYOUTS = {
@@ -113,10 +115,10 @@ def test_reads_see_every_layer_and_the_final_stream(tiny_llama):
 def test_a_prefix_gives_the_same_logits_as_the_whole_prompt(tiny_llama, side, start):
     subject = tiny_llama()
     batch = left_padded(SEQUENCES, 0, subject.device)
-    clean = run_pass(subject, batch, keep_prefix=True)
+    clean = run_pass(subject, batch, keep=True)
     edit = VectorEdit(1, side, answer_mask(batch), lambda x, _: x + 1.0, heads=None if side == "residual" else (1,))
     whole = run_pass(subject, batch, [edit])
-    part = run_pass(subject, batch, [edit], prefix=clean.prefix, start=start)
+    part = run_pass(subject, batch, [edit], beginning=Beginning(clean.own, start))
     assert whole.changed == (True,)
     assert (whole.logits - clean.logits).abs().max() > 1e-3
     assert torch.allclose(part.logits, whole.logits, atol=1e-5)
@@ -178,11 +180,11 @@ def test_edits_that_cannot_apply_are_refused(tiny_llama):
         run_pass(subject, batch, [VectorEdit(7, "residual", answer_mask(batch), lambda x, _: x)])
     with pytest.raises(QklensError, match="matches no token"):
         run_pass(subject, batch, [VectorEdit(1, "query", nothing, lambda x, _: x)])
-    clean = run_pass(subject, batch, keep_prefix=True)
+    clean = run_pass(subject, batch, keep=True)
     early = nothing.clone()
     early[:, -3] = True
     with pytest.raises(QklensError, match="before 9, which do not run"):
-        run_pass(subject, batch, [VectorEdit(1, "key", early, lambda x, _: x + 1)], prefix=clean.prefix, start=9)
+        run_pass(subject, batch, [VectorEdit(1, "key", early, lambda x, _: x + 1)], beginning=Beginning(clean.own, 9))
     with pytest.raises(QklensError, match="returned shape"):
         run_pass(subject, batch, [VectorEdit(1, "query", answer_mask(batch), lambda x, _: x[:1])])
 

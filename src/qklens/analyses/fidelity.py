@@ -19,7 +19,8 @@ from qklens.dictionaries.source import FeatureSource, fraction_variance_unexplai
 from qklens.errors import QklensError
 from qklens.models.batch import Batch, left_padded
 from qklens.models.edits import Edit, VectorEdit
-from qklens.models.passes import Reads, run_pass
+from qklens.models.passes import run_pass
+from qklens.models.running import Reads
 from qklens.models.subject import Subject
 
 _ROWS = 64

@@ -1,13 +1,15 @@
 """Run interventions over many prompts and do only the work an edit can change.
 
-A `Workset` holds prompts in length-sorted, left-padded batches. The first clean pass keeps keys and values; a later
-pass re-runs only the columns from the first edited token on. Sweeps at the answer position cost one token a prompt.
+A `Workset` holds prompts in length-sorted, left-padded batches. A batch is run clean once, each shared beginning once;
+after that an intervention runs only the columns from the first edited token on and the layers from the first edited one
+on, and many interventions run side by side in one pass. A sweep at the answer position costs one token a point.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,16 +18,20 @@ from torch import Tensor
 
 from qklens.data.render import Prompt
 from qklens.errors import NothingChangedError, QklensError
-from qklens.interventions.steer import Steer
+from qklens.interventions.steer import Head, Steer
+from qklens.models.attention import AttentionRead
 from qklens.models.batch import Batch, left_padded
-from qklens.models.edits import Edit, ScoreEdit, VectorEdit, on_rows
-from qklens.models.passes import NO_READS, Prefix, Reads, run_pass
+from qklens.models.edits import Edit, ScoreEdit, VectorEdit
+from qklens.models.kept import Beginning
+from qklens.models.passes import NO_READS, run_copies, run_pass
+from qklens.models.prefill import Clean, prefill
+from qklens.models.running import Copies, Reads
 from qklens.models.subject import Subject
 
 TOKENS_PER_BATCH = 4096
 CACHE_BYTES = 1 << 30
-ROWS_AT_ONCE = 256
-TILED_BYTES = 1 << 29
+COPIED_COLUMNS = 256
+"""Columns of all copies of one prompt together: a copy's scores against the others are made and thrown away."""
 
 
 @runtime_checkable
@@ -41,12 +47,68 @@ class Intervention(Protocol):
         ...
 
 
+Point = Intervention | Sequence[Intervention]
+"""One point of a sweep: an intervention, or several that act together."""
+
+
 @dataclass(eq=False)
 class _Chunk:
     index: tuple[int, ...]
     prompts: tuple[Prompt, ...]
     batch: Batch
-    prefix: Prefix | None = None
+    clean: Clean | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """A point's edits in one chunk, and the first column and layer that they touch."""
+
+    place: int
+    groups: tuple[tuple[Edit, ...], ...]
+    start: int
+    layer: int
+
+    @property
+    def edits(self) -> list[Edit]:
+        return [edit for group in self.groups for edit in group]
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """What each point of a sweep gives on each prompt.
+
+    Attributes:
+        margins: logit(correct) − logit(incorrect).
+        attention: attention on the correct minus the incorrect option from the answer, of the heads asked for.
+    """
+
+    margins: Float[Tensor, "point prompt"]
+    attention: Float[Tensor, "point prompt head"]
+
+
+@dataclass
+class Ran:
+    """What has been run: columns of all rows, padding too, and columns times layers."""
+
+    columns: int = 0
+    column_layers: int = 0
+
+    def add(self, columns: int, layers: int) -> None:
+        """Count columns that ran through some layers."""
+        self.columns += columns
+        self.column_layers += columns * layers
+
+
+@dataclass(eq=False)
+class _Result:
+    """A table that is filled batch by batch: what a measure makes of a batch's logits and attention."""
+
+    wanted: Sequence[int] | None
+    heads: tuple[Head, ...]
+    measure: Callable[[_Chunk, Tensor], Tensor]
+    values: Tensor
+    attention: Tensor
+    changed: list[list[bool]] = field(default_factory=list)
 
 
 class Workset:
@@ -65,9 +127,9 @@ class Workset:
         """
         if not prompts:
             raise QklensError("there are no prompts to run; check --items and the data file")
-        self.subject, self.prompts = subject, tuple(prompts)
-        self._per_token = 2 * subject.n_layers * subject.n_kv_heads * subject.d_head * 4
-        self.reuse = reuse and self._per_token * sum(len(p.tokens) for p in prompts) <= CACHE_BYTES
+        self.subject, self.prompts, self.reuse = subject, tuple(prompts), reuse
+        per_token = 2 * subject.n_layers * subject.n_kv_heads * subject.d_head * subject.dtype.itemsize
+        self._keeps = per_token * sum(len(p.tokens) for p in prompts) <= CACHE_BYTES
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
         self.chunks: list[_Chunk] = []
         while order:
@@ -81,7 +143,7 @@ class Workset:
             chosen = tuple(prompts[i] for i in index)
             batch = left_padded([p.tokens for p in chosen], subject.pad_id, subject.device)
             self.chunks.append(_Chunk(index, chosen, batch))
-        self.columns_run = 0
+        self.ran = Ran()
         self._clean: Tensor | None = None
 
     def __len__(self) -> int:
@@ -102,96 +164,236 @@ class Workset:
             NothingChangedError: an intervention changed no value in any batch.
         """
         active = [i for i in interventions if not _is_identity(i)]
-        if not active and reads is None and self._clean is not None:
-            return self._clean
-        rows: list[Tensor] = [torch.empty(0)] * len(self.prompts)
+        if reads is None and not active:
+            return self._clean_logits()
+        if reads is None and self.reuse:
+            rows = self._each([active], None, (), lambda _, logits: logits.cpu(), self._clean_logits().shape[1])
+            self._refuse_idle([active], rows.changed)
+            return rows.values[0].to(self._clean_logits().device)
+        results: list[Tensor] = [torch.empty(0)] * len(self)
         changed = [False] * len(active)
         for chunk in self.chunks:
-            edits = [i.edits(self.subject, chunk.prompts, chunk.batch, chunk.index) for i in active]
-            flat = [edit for group in edits for edit in group]
+            groups = [i.edits(self.subject, chunk.prompts, chunk.batch, chunk.index) for i in active]
             sinks = reads(chunk.index, chunk.batch) if reads else NO_READS
-            whole = reads is not None or not self.reuse or not flat
-            start = 0 if whole else _first_column(flat, chunk.batch)
-            if start > 0:
-                self._prefix(chunk)
-            keep = self.reuse and not flat and chunk.prefix is None
-            out = run_pass(self.subject, chunk.batch, flat, sinks, prefix=chunk.prefix, start=start, keep_prefix=keep)
-            self.columns_run += (chunk.batch.width - start) * len(chunk.index)
-            chunk.prefix = out.prefix if keep else chunk.prefix
-            flags = iter(out.changed)
-            for which, group in enumerate(edits):
-                changed[which] |= sum(next(flags) for _ in group) > 0
+            out = run_pass(self.subject, chunk.batch, [edit for group in groups for edit in group], sinks)
+            self.ran.add(chunk.batch.width * len(chunk.index), self.subject.n_layers)
+            changed = [c or f for c, f in zip(changed, _flags(groups, out.changed), strict=True)]
             for row, i in enumerate(chunk.index):
-                rows[i] = out.logits[row]
-        self._refuse_idle(active, changed)
-        stacked = torch.stack(rows)
-        if not active:
-            self._clean = stacked
-        return stacked
+                results[i] = out.logits[row]
+        self._refuse_idle([active], [changed])
+        return torch.stack(results)
 
     def margins(self, interventions: Sequence[Intervention] = ()) -> Float[Tensor, " prompt"]:
         """logit(correct letter) − logit(incorrect letter) at the answer position, on the CPU in float32."""
+        if self.reuse and any(not _is_identity(i) for i in interventions):
+            return self.margins_each([interventions])[0]
         return letter_margins(self.logits(interventions), self.prompts)
 
-    def margins_each(
-        self, interventions: Sequence[Intervention], *, idle_ok: bool = False
-    ) -> Float[Tensor, "intervention prompt"]:
-        """The margins under each intervention by itself, many of them to a pass: their rows stand below one another.
+    def margins_each(self, points: Sequence[Point], *, idle_ok: bool = False) -> Float[Tensor, "point prompt"]:
+        """The margins at each point by itself, many of them to a pass.
 
-        The same as `margins([intervention])` for each; weights are read once for many, and prompts' beginnings not run.
+        The same as `margins` of each. Only the letters are unembedded.
 
         Args:
-            interventions: one row of the result each.
+            points: one row of the result each.
             idle_ok: whether one may change nothing, as of a head without output; it then has the clean margins.
 
         Raises:
             NothingChangedError: an intervention changed no value in any batch.
         """
-        result = torch.empty(len(interventions), len(self.prompts))
-        changed = [_is_identity(i) for i in interventions]
-        for chunk in self.chunks:
-            n = len(chunk.index)
-            at_once = max(1, min(ROWS_AT_ONCE // n, TILED_BYTES // (self._per_token * n * chunk.batch.width)))
-            at_once = at_once if self.reuse else 1
-            for begin in range(0, len(interventions), at_once):
-                some = interventions[begin : begin + at_once]
-                edits = [i.edits(self.subject, chunk.prompts, chunk.batch, chunk.index) for i in some]
-                owners = [begin + k for k, group in enumerate(edits) for _ in group]
-                flat = [on_rows(e, k * n, n, len(some) * n) for k, group in enumerate(edits) for e in group]
-                start = _first_column([e for group in edits for e in group], chunk.batch) if self.reuse else 0
-                out = run_pass(
-                    self.subject,
-                    chunk.batch.repeat(len(some)),
-                    flat,
-                    prefix=self._prefix(chunk).repeat(len(some)) if start else None,
-                    start=start,
-                )
-                self.columns_run += (chunk.batch.width - start) * n * len(some)
-                for owner, did in zip(owners, out.changed, strict=True):
-                    changed[owner] |= did
-                margins = letter_margins(out.logits, chunk.prompts * len(some)).view(len(some), n)
-                result[begin : begin + len(some), list(chunk.index)] = margins
+        return self.sweep(points, idle_ok=idle_ok).margins
+
+    def sweep(self, points: Sequence[Point], heads: Sequence[Head] = (), *, idle_ok: bool = False) -> Swept:
+        """The margins at each point, and some heads' attention on the correct minus the incorrect option.
+
+        Args:
+            points: interventions, or several that act together.
+            heads: whose attention to read.
+            idle_ok: see `margins_each`.
+
+        Raises:
+            NothingChangedError: an intervention changed no value in any batch.
+            QklensError: no such head.
+        """
+        for layer, head in heads:
+            self.subject.check_head(layer, head)
+        groups = [_several(point) for point in points]
+        letters = sorted({i for p in self.prompts for i in p.letter_ids})
+
+        def measure(chunk: _Chunk, logits: Tensor) -> Tensor:
+            at = torch.tensor([[letters.index(i) for i in p.letter_ids] for p in chunk.prompts])
+            pair = logits.float().cpu().gather(1, at)
+            return (pair[:, 0] - pair[:, 1])[:, None]
+
+        result = self._each(groups, letters, tuple(heads), measure, 1)
         if not idle_ok:
-            self._refuse_idle(interventions, changed)
-        idle = [i for i, did in enumerate(changed) if not did]
-        result[idle] = self.margins() if idle else result[idle]
+            self._refuse_idle(groups, result.changed)
+        return Swept(result.values[..., 0], result.attention)
+
+    def divergence(self, points: Sequence[Point], *, idle_ok: bool = True) -> Float[Tensor, "point prompt"]:
+        """KL(clean ‖ point) of the next token at the answer position, in nats.
+
+        Args:
+            points: interventions, or several that act together.
+            idle_ok: whether one may change nothing; it then diverges by 0.
+
+        Raises:
+            NothingChangedError: an intervention changed no value in any batch.
+        """
+        groups, clean = [_several(point) for point in points], self._clean_logits()
+
+        def measure(chunk: _Chunk, logits: Tensor) -> Tensor:
+            was = clean[list(chunk.index)].double().log_softmax(dim=-1)
+            now = logits.to(was.device).double().log_softmax(dim=-1)
+            return (was.exp() * (was - now)).sum(dim=-1, keepdim=True).clamp(min=0).cpu()
+
+        result = self._each(groups, None, (), measure, 1)
+        if not idle_ok:
+            self._refuse_idle(groups, result.changed)
+        return result.values[..., 0]
+
+    def _clean_logits(self) -> Float[Tensor, "prompt vocab"]:
+        """The clean logits, run when first asked for and kept: two clean runs are the same bit for bit."""
+        if self._clean is None:
+            rows: list[Tensor] = [torch.empty(0)] * len(self)
+            for chunk in self.chunks:
+                for i, row in zip(chunk.index, self._run_clean(chunk).logits, strict=True):
+                    rows[i] = row
+            self._clean = torch.stack(rows)
+        return self._clean
+
+    def _run_clean(self, chunk: _Chunk) -> Clean:
+        """A chunk's clean pass; kept where all chunks' fit in memory."""
+        if chunk.clean is not None:
+            return chunk.clean
+        if not self.reuse:
+            out = run_pass(self.subject, chunk.batch, keep=True)
+            if out.own is None:
+                raise AssertionError("a pass that keeps its keys and values returns them")
+            clean = Clean(out.own, (), out.logits, chunk.batch.width * len(chunk.index))
+        else:
+            clean = prefill(self.subject, chunk.batch)
+        self.ran.add(clean.tokens_run, self.subject.n_layers)
+        if self._keeps and self.reuse:
+            chunk.clean = clean
+        return clean
+
+    def _each(
+        self,
+        groups: Sequence[Sequence[Intervention]],
+        wanted: Sequence[int] | None,
+        heads: tuple[Head, ...],
+        measure: Callable[[_Chunk, Tensor], Tensor],
+        width: int,
+    ) -> _Result:
+        """Run every point over every chunk; a point that changes nothing runs too, and gives what a clean run gives."""
+        shape = len(groups), len(self)
+        changed = [[_is_identity(i) for i in group] for group in groups]
+        result = _Result(wanted, heads, measure, torch.empty(*shape, width), torch.empty(*shape, len(heads)), changed)
+        for chunk in self.chunks:
+            planned = [self._plan(chunk, place, group) for place, group in enumerate(groups)]
+            if self.reuse:
+                self._run_shared(chunk, planned, result)
+            else:
+                for point in planned:
+                    self._run_plain(chunk, point, result)
         return result
 
-    def _prefix(self, chunk: _Chunk) -> Prefix:
-        """A chunk's clean keys and values, run when first asked for."""
-        if chunk.prefix is None:
-            chunk.prefix = run_pass(self.subject, chunk.batch, keep_prefix=True).prefix
-            self.columns_run += chunk.batch.width * len(chunk.index)
-        if chunk.prefix is None:
-            raise AssertionError("a pass that keeps its prefix returns it")
-        return chunk.prefix
+    def _plan(self, chunk: _Chunk, place: int, group: Sequence[Intervention]) -> _Planned:
+        """Identities make no edits."""
+        made = tuple(
+            () if _is_identity(i) else tuple(i.edits(self.subject, chunk.prompts, chunk.batch, chunk.index))
+            for i in group
+        )
+        edits = [edit for some in made for edit in some]
+        start = min((_first_column(edit, chunk.batch) for edit in edits), default=chunk.batch.width - 1)
+        layer = min((_first_layer(edit) for edit in edits), default=self.subject.n_layers - 1)
+        return _Planned(place, made, start, layer)
 
-    def _refuse_idle(self, interventions: Sequence[Intervention], changed: Sequence[bool]) -> None:
-        for intervention, did in zip(interventions, changed, strict=True):
-            if not did:
-                raise NothingChangedError(
-                    f"intervention {intervention.describe()} changed no value in any of {len(self)} prompts"
+    def _run_shared(self, chunk: _Chunk, planned: Sequence[_Planned], result: _Result) -> None:
+        """Points that begin at the same column share passes; those of near layers come together."""
+        clean, n = self._run_clean(chunk), len(chunk.index)
+        lowest_read = min((layer for layer, _ in result.heads), default=self.subject.n_layers)
+        for start in sorted({p.start for p in planned}):
+            some = sorted((p for p in planned if p.start == start), key=lambda p: p.layer)
+            own = chunk.batch.width - start
+            at_once = max(1, min(COPIED_COLUMNS // own, TOKENS_PER_BATCH // (n * own)))
+            passes = [some[i : i + at_once] for i in range(0, len(some), at_once)]
+            layers = [min(points[0].layer, lowest_read) for points in passes]
+            streams = self._streams(chunk, clean, start, dict(zip(layers, passes, strict=True)))
+            for layer, points in zip(layers, passes, strict=True):
+                layer = layer if layer in streams else 0
+                beginning = Beginning(clean.prefix, start, layer, streams.get(layer))
+                copies, reads = self._attention_reads(chunk, [p.place for p in points], start, result)
+                outcomes = run_copies(
+                    self.subject, chunk.batch, [p.edits for p in points], beginning, reads=reads, tokens=result.wanted
                 )
+                self.ran.add(copies.number * own * n, self.subject.n_layers - layer)
+                for point, out in zip(points, outcomes, strict=True):
+                    self._take(chunk, point, out.logits, out.changed, result)
+
+    def _run_plain(self, chunk: _Chunk, point: _Planned, result: _Result) -> None:
+        """Whole prompts, one point, all letters of the alphabet."""
+        _, reads = self._attention_reads(chunk, [point.place], 0, result)
+        out = run_pass(self.subject, chunk.batch, point.edits, reads)
+        self.ran.add(chunk.batch.width * len(chunk.index), self.subject.n_layers)
+        logits = out.logits if result.wanted is None else out.logits[:, list(result.wanted)]
+        self._take(chunk, point, logits, out.changed, result)
+
+    def _take(self, chunk: _Chunk, point: _Planned, logits: Tensor, flags: tuple[bool, ...], result: _Result) -> None:
+        result.values[point.place, list(chunk.index)] = result.measure(chunk, logits).to(result.values)
+        was = result.changed[point.place]
+        result.changed[point.place] = [c or f for c, f in zip(was, _flags(point.groups, flags), strict=True)]
+
+    def _streams(
+        self, chunk: _Chunk, clean: Clean, start: int, passes: dict[int, Sequence[_Planned]]
+    ) -> dict[int, Tensor]:
+        """resid_pre of the layers at which passes begin, at the columns from `start` on; none for layer 0.
+
+        The clean pass has kept them at the answer. Elsewhere they are run once, if that saves more than it costs.
+        """
+        wanted = [layer for layer in passes if layer > 0]
+        if start == chunk.batch.width - 1:
+            return {layer: clean.answer[layer][:, None] for layer in wanted}
+        if sum(layer * len(passes[layer]) for layer in wanted) <= self.subject.n_layers:
+            return {}
+        streams: dict[int, Tensor] = {}
+        sinks = {layer: (lambda x, layer=layer: streams.__setitem__(layer, x.clone())) for layer in wanted}
+        run_pass(self.subject, chunk.batch, reads=Reads(sinks, {}), beginning=Beginning(clean.prefix, start))
+        self.ran.add((chunk.batch.width - start) * len(chunk.index), self.subject.n_layers)
+        return streams
+
+    def _attention_reads(
+        self, chunk: _Chunk, places: Sequence[int], start: int, result: _Result
+    ) -> tuple[Copies, Reads]:
+        """Sinks for the attention difference of the heads that are asked for."""
+        copies = Copies(len(places), start, chunk.batch.width - start)
+        if not result.heads:
+            return copies, NO_READS
+        sign = torch.zeros(chunk.batch.input_ids.shape)
+        for row, prompt in enumerate(chunk.prompts):
+            for name, value in (("correct", 1.0), ("incorrect", -1.0)):
+                sign[row, [chunk.batch.padding(row) + p for p in prompt.span(name)]] = value
+        by_layer: dict[int, list[int]] = {}
+        for column, (layer, _) in enumerate(result.heads):
+            by_layer.setdefault(layer, []).append(column)
+
+        def sink(read: AttentionRead) -> None:
+            columns = by_layer[read.layer]
+            rows = copies.answer_rows(read.pattern[:, [result.heads[c][1] for c in columns]]).float().cpu()
+            values = torch.einsum("bhpk,bk->pbh", rows, sign)
+            for copy, place in enumerate(places):
+                result.attention[place, torch.tensor(chunk.index)[:, None], columns] = values[copy]
+
+        return copies, Reads({}, dict.fromkeys(by_layer, sink))
+
+    def _refuse_idle(self, groups: Sequence[Sequence[Intervention]], changed: Sequence[Sequence[bool]]) -> None:
+        for group, flags in zip(groups, changed, strict=True):
+            for intervention, did in zip(group, flags, strict=True):
+                if not did:
+                    raise NothingChangedError(
+                        f"intervention {intervention.describe()} changed no value in any of {len(self)} prompts"
+                    )
 
 
 def letter_margins(logits: Float[Tensor, "prompt vocab"], prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
@@ -201,15 +403,28 @@ def letter_margins(logits: Float[Tensor, "prompt vocab"], prompts: Sequence[Prom
     return (pair[:, 0] - pair[:, 1]).cpu()
 
 
+def _several(point: Point) -> list[Intervention]:
+    return [point] if isinstance(point, Intervention) else list(point)
+
+
 def _is_identity(intervention: Intervention) -> bool:
     """Whether it says itself that it changes nothing."""
     return isinstance(intervention, Steer) and intervention.is_identity
 
 
-def _first_column(edits: Sequence[Edit], batch: Batch) -> int:
-    """The first column that any edit touches; patches and score shifts act at the last one."""
-    first = batch.width - 1
-    for edit in edits:
-        if isinstance(edit, VectorEdit | ScoreEdit) and edit.mask is not None:
-            first = min(first, int(edit.mask.any(dim=0).nonzero()[0]))
-    return first
+def _flags(groups: Sequence[Sequence[Edit]], changed: Sequence[bool]) -> list[bool]:
+    """For each intervention, whether any of its edits changed a value."""
+    ends = [0, *accumulate(map(len, groups))]
+    return [any(changed[begin:end]) for begin, end in pairwise(ends)]
+
+
+def _first_column(edit: Edit, batch: Batch) -> int:
+    """The first column that an edit touches; patches and score shifts act at the last one."""
+    if isinstance(edit, VectorEdit | ScoreEdit) and edit.mask is not None:
+        return int(edit.mask.any(dim=0).nonzero()[0])
+    return batch.width - 1
+
+
+def _first_layer(edit: Edit) -> int:
+    """The first layer whose stream an edit looks at or changes."""
+    return min((edit.layer, *(edit.sees if isinstance(edit, VectorEdit) else ())))

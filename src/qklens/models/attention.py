@@ -101,6 +101,10 @@ def pick(
 class AttentionTap(Protocol):
     """What a running pass does around one layer's attention."""
 
+    def mask(self, allowed: Callable[..., Tensor], dtype: torch.dtype) -> Tensor | None:
+        """What hides keys, `batch 1 q_pos k_pos`, by a layer's rule `allowed(batch, head, q, k)`; or nothing."""
+        ...
+
     def score_bias(
         self,
         layer: int,
@@ -135,15 +139,19 @@ def attention_name(family: Family) -> str:
     """Register the family's tapped eager attention (once) and return its name."""
     name = f"qklens_{family.model_type}"
     AttentionInterface.register(name, _tapped(family))
-    AttentionMaskInterface.register(name, _finite_mask)
+    AttentionMaskInterface.register(name, _mask)
     return name
 
 
-def _finite_mask(*args: Any, **kwargs: Any) -> Tensor | None:  # noqa: ANN401
-    """The eager mask of transformers, with float64's minimum raised to float32's.
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:  # noqa: ANN401
+    """The running pass's mask where it has one; else the eager mask of transformers, with float64's minimum raised.
 
     The families' softmax runs in float32, where float64's minimum is −∞ and a padding row would become NaN.
     """
+    tap = ACTIVE_TAP.get()
+    own = None if tap is None else tap.mask(kwargs["mask_function"], kwargs["dtype"])
+    if own is not None:
+        return own
     mask = eager_mask(*args, **kwargs)
     if mask is None or mask.dtype != torch.float64:
         return mask

@@ -31,10 +31,6 @@ class Batch:
         """Number of columns."""
         return self.input_ids.shape[1]
 
-    def repeat(self, times: int) -> Batch:
-        """All rows again, `times` times below one another."""
-        return Batch(*(x.repeat(times, 1) for x in (self.input_ids, self.attention_mask, self.position_ids)))
-
     def padding(self, row: int) -> int:
         """How many columns of a row are padding."""
         return self.width - int(self.attention_mask[row].sum())

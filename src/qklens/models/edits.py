@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from jaxtyping import Bool, Float
@@ -78,41 +78,3 @@ class OutputEdit:
 
 
 Edit = VectorEdit | ScoreEdit | PatternEdit | OutputEdit
-
-
-def on_rows(edit: Edit, first: int, rows: int, batch: int) -> Edit:
-    """The same edit of rows `first` to `first + rows` of a larger batch; the other rows stay as they are.
-
-    Args:
-        edit: an edit of a batch of `rows` rows.
-        first: where those rows begin in the larger batch.
-        rows: how many they are.
-        batch: rows of the larger batch.
-    """
-    mine = slice(first, first + rows)
-
-    def wider(mask: Tensor) -> Tensor:
-        whole = mask.new_zeros(batch, mask.shape[1])
-        whole[mine] = mask
-        return whole
-
-    if isinstance(edit, VectorEdit):
-        return replace(edit, mask=wider(edit.mask))
-    if isinstance(edit, ScoreEdit):
-        bias = edit.bias
-
-        def widened(view: ScoreView) -> Tensor:
-            part = ScoreView(view.query[mine], view.key[mine], view.residual[mine], view.scale, view.start)
-            small = bias(part)
-            whole = small.new_zeros(batch, *small.shape[1:])
-            whole[mine] = small
-            return whole
-
-        return ScoreEdit(edit.layer, widened, None if edit.mask is None else wider(edit.mask))
-    inner = edit.replace
-
-    def replaced(value: Tensor, start: int) -> Tensor:
-        value[mine] = inner(value[mine], start)
-        return value
-
-    return replace(edit, replace=replaced)

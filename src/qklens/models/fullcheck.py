@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qklens.models.batch import Batch
 from qklens.models.edits import PatternEdit, VectorEdit
-from qklens.models.passes import ProjectionSide, run_pass
+from qklens.models.passes import run_pass
+from qklens.models.projections import ProjectionSide
 from qklens.models.scores import Rotation, ScoreMaps, rotation, score_maps
 from qklens.models.selfcheck import check_layer, random_tokens, tolerance_of
 from qklens.models.subject import Subject
