@@ -97,12 +97,6 @@ def mcnemar_exact(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     return float(vars(mcnemar(table, exact=True))["pvalue"])
 
 
-def paired_effect(values: Array) -> float:
-    """Mean over standard deviation of paired differences: how consistent, not how large."""
-    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    return float(values.mean()) / max(spread, 1e-9) if np.any(values) else 0.0
-
-
 def benjamini_hochberg(p_values: list[float], searched: int = 0) -> list[float]:
     """q-values, in the order given.
 
