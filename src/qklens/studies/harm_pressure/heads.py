@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qklens.analyses.attended import attended_tokens, place_mass
@@ -20,7 +18,7 @@ from qklens.analyses.heads import (
     restored_share,
 )
 from qklens.analyses.readings import SPANS, read_patterns
-from qklens.analyses.statistics import bootstrap_mean, bootstrap_ratio, wilson
+from qklens.analyses.statistics import bootstrap_mean, bootstrap_ratio, item_means, wilson
 from qklens.data.render import CONDITIONS, Condition, Prompt
 from qklens.errors import QklensError
 from qklens.interventions.patch import PatternPatch
@@ -59,7 +57,7 @@ def choose_heads(lab: Lab) -> tuple[list[Head], list[Head], list[float]]:
         return restored_share(harm.margins([PatternPatch({h: patch.rows[h] for h in some})]), harmed, clean)
 
     ranked = candidates
-    low, _ = bootstrap_mean(_items(clean - harmed), lab.seed)
+    low, _ = bootstrap_mean(item_means((clean - harmed).double().numpy()), lab.seed)
     if low > 0:  # without a loss there is nothing to restore, and the ranking by attention and letter stands
         alone = {h: restored([h]) for h in candidates}
         ranked = sorted(candidates, key=lambda h: -alone[h])
@@ -104,7 +102,7 @@ def _row(lab: Lab, head: Head, patterns: dict[Condition, list[Tensor]], *, selec
     difference = {c: readings[c].difference[:, layer, h] for c in CONDITIONS}
     patched = lab.work("harm", "report").margins([_patch(lab, "report", [head])])
     ablated = lab.work("none", "report").margins([mean_ablation(lab.attention("none", "discovery"), head)])
-    by_item = {c: _items(difference[c]) for c in CONDITIONS}
+    by_item = {c: item_means(difference[c].double().numpy()) for c in CONDITIONS}
     change = {c: by_item[c] - by_item["none"] for c in PRESSED}
     return HeadRow(
         layer=layer,
@@ -148,7 +146,9 @@ def _joint(lab: Lab, selected: list[Head], curve: list[float]) -> HeadsDetails:
         attention_difference_map={c: lab.attention(c, "discovery").difference.mean(dim=0).tolist() for c in CONDITIONS},
         letter_logit_map=lab.attention("none", "discovery").letter_logit.mean(dim=0).tolist(),
         restored=restored_share(patched, harmed, clean),
-        restored_ci=bootstrap_ratio(_items(patched - harmed), _items(clean - harmed), lab.seed),
+        restored_ci=bootstrap_ratio(
+            item_means((patched - harmed).double().numpy()), item_means((clean - harmed).double().numpy()), lab.seed
+        ),
         patched_accuracy=right / len(patched),
         patched_accuracy_ci=wilson(right, len(patched)),
         patched_margin=float(patched.mean()),
@@ -158,7 +158,3 @@ def _joint(lab: Lab, selected: list[Head], curve: list[float]) -> HeadsDetails:
         all_heads_restored=restored_share(harm.margins([_patch(lab, "report", every)]), harmed, clean),
         discovery_curve=curve,
     )
-
-
-def _items(by_prompt: Tensor) -> NDArray[np.float64]:
-    return by_prompt.double().numpy().reshape(-1, 2).mean(axis=1)

@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-from qklens.analyses.contrasts import Role, contrast, item_means
-from qklens.analyses.statistics import wilson
+from qklens.analyses.contrasts import Role, contrast
+from qklens.analyses.statistics import item_means, wilson
 from qklens.data.render import Condition
 from qklens.dictionaries.source import feature_index
 from qklens.interventions.direction import Direction, at_equal_norm, feature_direction, random_direction

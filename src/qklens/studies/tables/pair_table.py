@@ -15,7 +15,7 @@ from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role
 from qklens.analyses.interactions import PairTerms, Side, mean_terms, refuse_silence
 from qklens.analyses.lens import ERROR, HeadLens
 from qklens.analyses.nulls import MIN_PAIRS, NULLS, NullName, NullTest, feature_pairs, null_tests, seed_for
-from qklens.analyses.statistics import Array, benjamini_hochberg, bootstrap_means
+from qklens.analyses.statistics import Array, benjamini_hochberg, bootstrap_means, item_means
 from qklens.analyses.weighting import REALISED, Weighting
 from qklens.data.render import CONDITIONS
 from qklens.errors import NoSpreadError, QklensError, nearest
@@ -190,8 +190,7 @@ def _list_pairs(lab: Lab, lens: HeadLens, request: PairRequest, roles: dict[Role
 
 
 def _by_item(terms: PairTerms, pairs: Sequence[tuple[int, int]]) -> Array:
-    """Both orders of an item averaged, `item pair`."""
-    return terms.by_prompt(pairs).double().numpy().reshape(-1, 2, len(pairs)).mean(axis=1)
+    return item_means(terms.by_prompt(pairs).double().numpy())
 
 
 def _test_pairs(
