@@ -7,8 +7,8 @@ import torch
 
 from qklens.analyses.statistics import bootstrap_mean, item_means, mcnemar_exact, wilson
 from qklens.data.render import CONDITIONS
-from qklens.studies.harm_pressure.lab import HALVES, Lab
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import HALVES, Lab
 from qklens.studies.results import BehaviourDetails, ConditionBehaviour
 
 SOLVED_ACCURACY = 0.8

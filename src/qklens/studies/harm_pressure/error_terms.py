@@ -13,8 +13,8 @@ from qklens.analyses.statistics import bootstrap_mean, item_means
 from qklens.analyses.weighting import REALISED
 from qklens.dictionaries.source import feature_index
 from qklens.interventions.steer import Head
-from qklens.studies.harm_pressure.lab import Lab
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import Lab
 from qklens.studies.results import ErrorTerms
 
 

@@ -12,11 +12,11 @@ from qklens.data.items import load_dataset
 from qklens.data.render import CONDITIONS
 from qklens.dictionaries.source import feature_index
 from qklens.interventions.steer import Head
-from qklens.studies.harm_pressure.lab import HALVES, Lab
-from qklens.studies.harm_pressure.roles import role_direction
 from qklens.studies.harm_pressure.steering import query_steer
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import HALVES, Lab
 from qklens.studies.results import Transfer
+from qklens.studies.roles import role_direction
 
 SETS = ("symptoms", "fraud")
 

@@ -38,7 +38,7 @@ from qklens.errors import QklensError
 from qklens.interventions.patch import HeadAblation, PatternPatch
 from qklens.interventions.steer import Head
 from qklens.strict import Strict
-from qklens.studies.harm_pressure.lab import Lab, fold_items
+from qklens.studies.lab import Lab, fold_items
 from qklens.studies.progress import Tick, silent
 
 Interval = tuple[float, float]

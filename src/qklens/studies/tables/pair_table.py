@@ -21,12 +21,11 @@ from qklens.data.render import CONDITIONS
 from qklens.errors import NoSpreadError, QklensError, nearest
 from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps, virtual_interaction
-from qklens.studies.harm_pressure.belief import belief_candidates
-from qklens.studies.harm_pressure.heads import choose_heads, heads_to_read
-from qklens.studies.harm_pressure.lab import HALVES, Half, Lab
-from qklens.studies.harm_pressure.roles import find_roles, known_roles
-from qklens.studies.harm_pressure.zscores import populations
+from qklens.studies.choices import belief_candidates, choose_heads, heads_to_read
+from qklens.studies.lab import HALVES, Half, Lab
+from qklens.studies.populations import populations
 from qklens.studies.progress import Tick, silent
+from qklens.studies.roles import find_roles, known_roles
 from qklens.studies.tables.pair_rows import Marginal, Pair, PairReading, PairTable, Test
 
 READINGS: tuple[str, ...] = ("none", "harm", "benign", "harm-none", "harm-benign")

@@ -32,7 +32,7 @@ from qklens.dictionaries.source import FeatureSource, feature_index
 from qklens.errors import QklensError, nearest
 from qklens.interventions.direction import Direction, feature_direction
 from qklens.interventions.steer import Head, Steer
-from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.lab import Lab
 from qklens.studies.results import RoleCandidate
 
 _BY_CONTRAST, _FINALISTS, _SHOWN = 24, 6, 8
