@@ -6,7 +6,7 @@ import numpy as np
 
 from qklens.data.items import Dataset
 from qklens.data.render import LetterForm
-from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.lab import Lab
 from qklens.studies.tables.head_table import HeadCandidate, HeadTable, head_table
 
 FOLDS = 3

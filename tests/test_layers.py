@@ -87,14 +87,14 @@ def test_the_reader_of_imports_sees_what_climbs(source: str, module: str, packag
 
 def test_the_import_linter_contract_is_the_same_and_holds() -> None:
     project = Path(__file__).parents[1] / "pyproject.toml"
-    contract = tomllib.loads(project.read_text())["tool"]["importlinter"]["contracts"][0]
-    assert contract["layers"] == [f"qklens.{layer}" for layer in LAYERS]
+    contracts = tomllib.loads(project.read_text())["tool"]["importlinter"]["contracts"]
+    assert contracts[0]["layers"] == [f"qklens.{layer}" for layer in LAYERS]
     linter = Path(sys.executable).with_name("lint-imports")
     ended = subprocess.run(
         [linter, "--no-cache", "--config", project], capture_output=True, text=True, timeout=120, check=False
     )
     assert ended.returncode == 0, ended.stdout
-    assert "1 kept, 0 broken" in ended.stdout
+    assert f"{len(contracts)} kept, 0 broken" in ended.stdout
 
 
 def test_every_package_is_a_layer() -> None:

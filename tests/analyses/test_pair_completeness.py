@@ -7,7 +7,7 @@ import torch
 
 from qklens.analyses.interactions import mean_terms
 from qklens.analyses.lens import head_lens
-from qklens.analyses.weighting import KINDS, Weighting
+from qklens.analyses.weighting import WEIGHTING_KINDS, Weighting
 from qklens.analyses.written import write_prompts
 from qklens.data.render import Prompt
 from qklens.models.families import load_family
@@ -63,7 +63,7 @@ def test_weighted_totals_are_the_models_own_in_float64(case, word_tokenizer, mon
         written = write_prompts(subject, source, maps, [{layer: o.streams[layer]} for o in own])
         for head in range(subject.n_heads):
             lens = head_lens(subject, source, layer, head)
-            wanted = dict.fromkeys(KINDS, 0.0)
+            wanted = dict.fromkeys(WEIGHTING_KINDS, 0.0)
             for o in own:
                 keys, query = o.keys[layer][maps.kv_head(head)], o.queries[layer][head, -1]
                 u, pattern = o.scales[layer] * keys @ query, o.patterns[layer][head, -1].double()
@@ -80,7 +80,7 @@ def test_weighted_totals_are_the_models_own_in_float64(case, word_tokenizer, mon
                 for kind, w in weights.items():
                     wanted[kind] += float(w @ u) / len(own)
                 largest = max(largest, float(u.abs().max()))
-            for kind in KINDS:
+            for kind in WEIGHTING_KINDS:
                 total = mean_terms(lens, prompts, written, Weighting(kind)).total
                 worst = max(worst, abs(total - wanted[kind]))
     assert worst <= 1e-10 * largest

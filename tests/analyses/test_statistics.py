@@ -12,7 +12,6 @@ from qklens.analyses.statistics import (
     bootstrap_mean,
     bootstrap_ratio,
     mcnemar_exact,
-    paired_effect,
     wilson,
 )
 from qklens.errors import QklensError
@@ -24,7 +23,6 @@ def test_statistics_have_their_known_values():
     assert auc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1.0
     assert auc(np.array([1.0, 1.0]), np.array([1.0, 1.0])) == 0.5
     assert mcnemar_exact(np.array([False] * 6), np.array([True] * 6)) == pytest.approx(2 * 0.5**6)
-    assert paired_effect(np.array([1.0, 2.0, 3.0])) == pytest.approx(2.0)
     assert benjamini_hochberg([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
     with pytest.raises(QklensError):
         wilson(0, 0)

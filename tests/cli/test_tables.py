@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qklens.cli import show_tables
+from qklens.cli import show, show_tables
 from qklens.studies.tables import pair_table, partner_table
 from qklens.studies.tables.head_table import HeadTable
 from qklens.studies.tables.pair_table import PairTable
@@ -57,6 +58,32 @@ def test_json_is_all_there_is_on_stdout(
     ended = qklens(*command, *asked, "--json")
     assert (ended.status, ended.err) == (0, says)
     assert table.model_validate_json(ended.out).model_dump(mode="json") == parsed(ended.out)
+
+
+@pytest.mark.parametrize(
+    ("command", "table"), [(("heads", "--folds", 2), HeadTable), (QK, PairTable), (PARTNERS, PartnerTable)]
+)
+def test_a_number_that_is_not_defined_is_null(
+    qklens: Callable[..., Any],
+    asked: tuple[object, ...],
+    capfd: pytest.CaptureFixture[str],
+    command: tuple[object, ...],
+    table: Any,
+) -> None:
+    whole = table.model_validate(parsed(qklens(*command, *asked, "--json").out)).model_dump(mode="json")
+    capfd.readouterr()
+    for strange in (math.nan, math.inf, -math.inf):
+        show.as_json(with_floats(whole, strange))
+        assert parsed(capfd.readouterr().out) == with_floats(whole, None)
+
+
+def with_floats(value: Any, new: float | None) -> Any:
+    """Every number that is not whole replaced."""
+    if isinstance(value, dict):
+        return {key: with_floats(inner, new) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_floats(inner, new) for inner in value]
+    return new if isinstance(value, float) else value
 
 
 def test_the_table_of_heads(qklens: Callable[..., Any], asked: tuple[object, ...]) -> None:
@@ -168,12 +195,12 @@ def test_no_name_reaches_the_terminal_raw(
     partners = partner_table.PartnerTable.model_validate(hostile(parsed(qklens(*PARTNERS, *asked, "--json").out)))
     heads = HeadTable.model_validate(hostile(parsed(qklens("heads", "--folds", 2, *asked, "--json").out)))
     capfd.readouterr()
-    for show in (
+    for printed in (
         lambda: show_tables.pairs(pairs),
         lambda: show_tables.partners(partners),
         lambda: show_tables.heads(heads, 3, Path(HOSTILE)),
     ):
-        show()
+        printed()
         out = capfd.readouterr().out
         lines_of(out)
         assert "x\ufffd[2J" in out, "the name itself is shown"

@@ -18,8 +18,8 @@ from qklens.dictionaries.source import fraction_variance_unexplained
 from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
-from qklens.studies.harm_pressure.dictionary_fit import CARD_FACTOR, CARD_SLACK, FVU_LIMIT, check_belongs, measure
-from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.dictionary_fit import CARD_FACTOR, CARD_SLACK, FVU_LIMIT, check_belongs, measure
+from qklens.studies.lab import Lab
 from qklens.studies.resources import organism_folder
 
 FOLDER = Path("my-dictionary")

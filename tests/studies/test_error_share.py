@@ -9,7 +9,7 @@ from qklens.analyses.weighting import CONTRASTIVE, REALISED
 from qklens.data.items import Dataset
 from qklens.data.render import CONDITIONS, LetterForm
 from qklens.studies.harm_pressure import interactions
-from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.lab import Lab
 
 
 def test_the_recorded_error_share_is_of_contrastive_terms_alone(tiny_llama, items):

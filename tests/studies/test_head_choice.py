@@ -14,7 +14,7 @@ from qklens.errors import QklensError
 from qklens.interventions.engine import Workset
 from qklens.interventions.patch import HeadAblation
 from qklens.studies.config import LabConfig
-from qklens.studies.harm_pressure.lab import Lab, fold_items
+from qklens.studies.lab import Lab, fold_items
 from qklens.studies.opening import open_lab
 from qklens.studies.tables.head_table import HeadTable
 

@@ -20,7 +20,7 @@ from qklens.interventions.patch import PatternPatch, align_rows
 from qklens.models.families import load_family
 from qklens.models.subject import wrap_model
 from qklens.models.trace import trace
-from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.lab import Lab
 from qklens.studies.tables.head_table import HeadTable
 from tiny_families import tiny_model
 from word_level import make_word_tokenizer

@@ -9,9 +9,9 @@ from qklens.data.items import Dataset, Item
 from qklens.data.render import LetterForm
 from qklens.errors import QklensError
 from qklens.models.passes import run_pass
-from qklens.studies.harm_pressure.lab import Lab, split_items
-from qklens.studies.harm_pressure.roles import _near_the_top, _rank
+from qklens.studies.lab import Lab, split_items
 from qklens.studies.letters import choose_letter_form
+from qklens.studies.roles import _near_the_top, _rank
 
 
 def item(i: int, correct: str, incorrect: str) -> Item:

@@ -18,8 +18,8 @@ from qklens.data.items import Dataset
 from qklens.data.render import LetterForm
 from qklens.errors import QklensError
 from qklens.models.scores import score_maps
-from qklens.studies.harm_pressure.lab import Lab
-from qklens.studies.harm_pressure.zscores import populations
+from qklens.studies.lab import Lab
+from qklens.studies.populations import populations
 from qklens.studies.tables.pair_table import PairReading, PairRequest, PairTable, pair_table
 from sparse_source import SparseSource, sparse_source
 

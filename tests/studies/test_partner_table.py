@@ -10,12 +10,12 @@ import torch
 from qklens.dictionaries.crosscoder import load_crosscoder
 from qklens.errors import QklensError
 from qklens.models.scores import rotation, score_maps, virtual_interaction
+from qklens.studies.choices import belief_candidates
 from qklens.studies.config import LabConfig
-from qklens.studies.harm_pressure.belief import belief_candidates
-from qklens.studies.harm_pressure.lab import Lab
-from qklens.studies.harm_pressure.roles import find_roles
+from qklens.studies.lab import Lab
 from qklens.studies.opening import open_lab
 from qklens.studies.resources import organism_folder
+from qklens.studies.roles import find_roles
 from qklens.studies.tables import partner_table as partner_module
 from qklens.studies.tables.partner_table import PartnerRequest, PartnerTable, partner_table
 

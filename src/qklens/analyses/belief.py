@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.analyses.contrasts import consistency, item_means
-from qklens.analyses.statistics import Interval, auc, bootstrap_auc
+from qklens.analyses.contrasts import consistency
+from qklens.analyses.statistics import Interval, auc, bootstrap_auc, item_means
 from qklens.analyses.written import WrittenPrompt
 from qklens.data.render import Prompt
 

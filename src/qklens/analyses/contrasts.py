@@ -74,11 +74,6 @@ def contrast_directions(layers: Sequence[int], readings: Callable[[int], Reading
     return Directions(tuple(ROLES), vectors, means)
 
 
-def item_means(by_prompt: Float[Tensor, "prompt channel"], n_orders: int = 2) -> Float[Tensor, "item channel"]:
-    """Average the orders of each item; prompts come item by item."""
-    return by_prompt.view(-1, n_orders, *by_prompt.shape[1:]).mean(dim=1)
-
-
 def consistency(by_item: Float[Tensor, "item channel"]) -> Float[Tensor, " channel"]:
     """Paired effect size over items: mean over standard deviation, zero for a channel that never differs."""
     spread = by_item.std(dim=0) if len(by_item) > 1 else torch.zeros_like(by_item[0])

@@ -25,7 +25,7 @@ from qklens.data.render import Prompt
 from qklens.errors import QklensError
 
 Side = Literal["query", "key"]
-KINDS = ("feature", BIAS, ERROR)
+SOURCE_KINDS = ("feature", BIAS, ERROR)
 _BLOCK_ENTRIES = 1 << 22
 """Pairs held at a time, in float64."""
 
@@ -119,12 +119,12 @@ class PairTerms:
 
     @cached_property
     def _by_kind(self) -> dict[tuple[str, str], float]:
-        sums = {(a, b): 0.0 for a in KINDS for b in KINDS}
+        sums = {(a, b): 0.0 for a in SOURCE_KINDS for b in SOURCE_KINDS}
         for query, key, weight in zip(self.query, self.key, self.weights, strict=True):
             kinds = [torch.stack([v[:-2].sum(dim=0), v[-2], v[-1]]) for v in (query.vectors, key.vectors)]
             values = (weight * self.scale * kinds[0] @ kinds[1].T).double()
-            for i, a in enumerate(KINDS):
-                for j, b in enumerate(KINDS):
+            for i, a in enumerate(SOURCE_KINDS):
+                for j, b in enumerate(SOURCE_KINDS):
                     sums[a, b] += float(values[i, j])
         return sums
 
@@ -140,11 +140,11 @@ class PairTerms:
     def absolute_shares(self) -> dict[str, float]:
         """Share of Σ|term| over all pairs, by kind of source as in `shares`; they sum to 1."""
         n = len(self.names) - 2
-        size = {(a, b): 0.0 for a in KINDS for b in KINDS}
+        size = {(a, b): 0.0 for a in SOURCE_KINDS for b in SOURCE_KINDS}
         for block in self.blocks():
             rows, columns = ((index - n + 1).clamp(min=0) for index in (block.query, block.key))
-            for i, a in enumerate(KINDS):
-                for j, b in enumerate(KINDS):
+            for i, a in enumerate(SOURCE_KINDS):
+                for j, b in enumerate(SOURCE_KINDS):
                     size[a, b] += float(block.value[rows == i][:, columns == j].abs().sum())
         whole = max(sum(size.values()), 1e-12)
         return {f"{a} x {b}": value / whole for (a, b), value in size.items()}

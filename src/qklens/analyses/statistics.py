@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
+from torch import Tensor
 
 from qklens.errors import QklensError
 
 Interval = tuple[float, float]
 Array = NDArray[np.float64]
 RESAMPLES = 2000
+_Values = TypeVar("_Values", Tensor, Array)
+
+
+def item_means(by_prompt: _Values) -> _Values:
+    """Both orders of each item averaged, in the values' own precision; prompts come item by item."""
+    orders = by_prompt.reshape(-1, 2, *by_prompt.shape[1:])
+    return (orders[:, 0] + orders[:, 1]) / 2
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -95,12 +105,6 @@ def mcnemar_exact(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
         [int((~first & second).sum()), int((~first & ~second).sum())],
     ]
     return float(vars(mcnemar(table, exact=True))["pvalue"])
-
-
-def paired_effect(values: Array) -> float:
-    """Mean over standard deviation of paired differences: how consistent, not how large."""
-    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    return float(values.mean()) / max(spread, 1e-9) if np.any(values) else 0.0
 
 
 def benjamini_hochberg(p_values: list[float], searched: int = 0) -> list[float]:

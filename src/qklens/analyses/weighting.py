@@ -24,7 +24,7 @@ from qklens.data.render import PARTS, Part, Prompt
 from qklens.errors import QklensError, nearest
 
 Kind = Literal["realised", "contrastive", "share"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+WEIGHTING_KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,10 @@ def weighting_named(kind: str, span: str, parts: Sequence[str]) -> Weighting:
     Raises:
         QklensError: an unknown kind or part, or no part.
     """
-    if kind not in KINDS:
-        raise QklensError(f"--kind {kind!r} is unknown; expected one of {list(KINDS)}{nearest(kind, KINDS)}")
+    if kind not in WEIGHTING_KINDS:
+        raise QklensError(
+            f"--kind {kind!r} is unknown; expected one of {list(WEIGHTING_KINDS)}{nearest(kind, WEIGHTING_KINDS)}"
+        )
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise QklensError(f"--parts {list(parts)}: expected some of {list(PARTS)}")
@@ -80,7 +82,7 @@ def weighting_named(kind: str, span: str, parts: Sequence[str]) -> Weighting:
         raise QklensError(f"--span {span!r} has no say in --kind contrastive, which is correct - incorrect; drop one")
     if not option and len(set(parts)) < len(PARTS):
         raise QklensError(f"--parts has no say in span {span!r}; only options have letter, content and boundary")
-    return Weighting(KINDS[KINDS.index(kind)], span, tuple(part for part in PARTS if part in parts))
+    return Weighting(WEIGHTING_KINDS[WEIGHTING_KINDS.index(kind)], span, tuple(part for part in PARTS if part in parts))
 
 
 REALISED, CONTRASTIVE, SHARE = Weighting("realised"), Weighting("contrastive"), Weighting("share")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,16 @@ if TYPE_CHECKING:
 
 
 def as_json(value: Any) -> None:  # noqa: ANN401
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """One JSON document on stdout; a number that is not finite is null, because JSON has none."""
+    sys.stdout.write(json.dumps(_defined(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _defined(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, dict):
+        return {key: _defined(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_defined(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def study(results: Results, folder: Path) -> None:

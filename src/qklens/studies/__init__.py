@@ -1,1 +1,1 @@
-"""Stages, journal and resume; the harm-pressure study."""
+"""The bench, what is chosen on it, journal and resume; the harm-pressure study, and tables of one question each."""

@@ -15,8 +15,8 @@ from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
 from qklens.studies.config import LabConfig
-from qklens.studies.harm_pressure.dictionary_fit import check_belongs, measure
-from qklens.studies.harm_pressure.lab import MIN_ITEMS, Lab
+from qklens.studies.dictionary_fit import check_belongs, measure
+from qklens.studies.lab import MIN_ITEMS, Lab
 from qklens.studies.letters import choose_letter_form
 from qklens.studies.resources import dictionary_folder, model_folder
 

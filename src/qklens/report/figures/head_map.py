@@ -10,7 +10,7 @@ from altair.utils.schemapi import debug_mode
 
 from qklens.files import atomic_write
 from qklens.report.figures import style
-from qklens.report.figures.heads import DIVERGING
+from qklens.report.figures.layer_head import layer_head_map
 from qklens.report.figures.render import to_svg
 from qklens.report.figures.style import Drawing
 from qklens.report.text import finite
@@ -52,38 +52,13 @@ def write_head_map(table: HeadTable, path: Path) -> None:
 
 
 def _map(table: HeadTable, title: str, value: Callable[[HeadCandidate], float | None]) -> Drawing:
-    rows = [{"layer": r.layer, "head": r.head, "value": value(r)} for r in table.heads]
-    limit = max([abs(v) for row in rows if finite(v := row["value"]) and v is not None] or [1e-9])
+    values = {(r.layer, r.head): value(r) for r in table.heads}
+    limit = max([abs(v) for v in values.values() if finite(v) and v is not None] or [1e-9])
     n_layers = max(r.layer for r in table.heads) + 1
     n_heads = max(r.head for r in table.heads) + 1
-    x = alt.X("head:O", title="head", axis={"labelAngle": 0, "labelOverlap": True})
-    y = alt.Y("layer:O", title="layer", sort="descending", axis={"labelOverlap": True})
-    cells = (
-        style.chart(rows)
-        .mark_rect(stroke=style.PAPER, strokeWidth=0.6)
-        .encode(
-            x=x,
-            y=y,
-            color=alt.Color(
-                "value:Q",
-                scale={
-                    "domain": [-limit, -limit / 2, 0, limit / 2, limit],
-                    "range": list(DIVERGING),
-                    "interpolate": "rgb",
-                },
-                legend={
-                    "title": None,
-                    "gradientLength": 150,
-                    "gradientThickness": 8,
-                    "format": ".2~g",
-                    "values": [-limit, 0, limit],
-                },
-            ),
-        )
-    )
-    chosen = [{"layer": r.layer, "head": r.head} for r in table.heads if r.chosen_in]
-    outline = style.chart(chosen).mark_rect(fillOpacity=0, stroke=style.INK, strokeWidth=2).encode(x=x, y=y)
-    return alt.layer(cells, outline).properties(
+    legend = {"title": None, "gradientLength": 150, "gradientThickness": 8, "format": ".2~g"}
+    chosen = [(r.layer, r.head) for r in table.heads if r.chosen_in]
+    return layer_head_map(values, chosen, limit, legend).properties(
         width=min(300.0, max(26.0 * n_heads, 180.0)),
         height=max(6.0, min(24.0, 260 / n_layers)) * n_layers,
         title=style.heading(title),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import altair as alt
 
 from qklens.report.figures import style
+from qklens.report.figures.layer_head import layer_head_map
 from qklens.report.figures.style import CONDITION_COLOR, CONDITION_WORDS, CONDITIONS, Drawing
 from qklens.report.text import finite, head_name, mean, number
 from qklens.studies.results import Condition, HeadRow, HeadsDetails, Results
@@ -20,7 +21,6 @@ SPANS = {
     "between": "#eceff1",
 }
 _PLACES = {"template before": "template_before", "template after": "template_after"}
-DIVERGING = ("#8a5a00", "#d9b56a", "#f6f6f4", "#86bdb8", "#0b6b66")
 _SHOWN = 6
 
 
@@ -49,46 +49,24 @@ def _maps(details: HeadsDetails) -> Drawing | None:
     n_heads = max(len(row) for name in shown for row in details.attention_difference_map[name])
     cell = max(5.0, min(26.0, 280 / n_layers))
     width = min(290.0, max(26.0 * n_heads, 180.0))
-    marked = [{"layer": layer, "head": head} for layer, head in details.selected]
+    legend = {
+        "title": "\u2190 incorrect \u00b7 correct \u2192",
+        "gradientLength": 190,
+        "gradientThickness": 9,
+        "format": ".2~f",
+        "titleAnchor": "middle",
+    }
     panels: list[Drawing] = []
     for name in shown:
-        rows = [
-            {"layer": layer, "head": head, "difference": value}
+        differences = {
+            (layer, head): value
             for layer, row in enumerate(details.attention_difference_map[name])
             for head, value in enumerate(row)
             if finite(value)
-        ]
-        x = alt.X("head:O", title="head", axis={"labelAngle": 0, "labelOverlap": True})
-        y = alt.Y("layer:O", title="layer", sort="descending", axis={"labelOverlap": True})
-        cells = (
-            style.chart(rows)
-            .mark_rect(stroke=style.PAPER, strokeWidth=0.6)
-            .encode(
-                x=x,
-                y=y,
-                color=alt.Color(
-                    "difference:Q",
-                    scale={
-                        "domain": [-limit, -limit / 2, 0, limit / 2, limit],
-                        "range": list(DIVERGING),
-                        "interpolate": "rgb",
-                    },
-                    legend={
-                        "title": "\u2190 incorrect \u00b7 correct \u2192",
-                        "gradientLength": 190,
-                        "gradientThickness": 9,
-                        "format": ".2~f",
-                        "values": [-limit, 0, limit],
-                        "titleAnchor": "middle",
-                    }
-                    if name == shown[0]
-                    else None,
-                ),
-            )
-        )
-        outline = style.chart(marked).mark_rect(fillOpacity=0, stroke=style.INK, strokeWidth=2).encode(x=x, y=y)
+        }
+        drawn = layer_head_map(differences, details.selected, limit, legend if name == shown[0] else None)
         panels.append(
-            (alt.layer(cells, outline)).properties(
+            drawn.properties(
                 width=width, height=cell * n_layers, title=style.heading(f"Every head, {CONDITION_WORDS[name]}")
             )
         )

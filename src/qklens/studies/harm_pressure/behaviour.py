@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qklens.analyses.statistics import bootstrap_mean, mcnemar_exact, wilson
+from qklens.analyses.statistics import bootstrap_mean, item_means, mcnemar_exact, wilson
 from qklens.data.render import CONDITIONS
-from qklens.studies.harm_pressure.lab import HALVES, Lab
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import HALVES, Lab
 from qklens.studies.results import BehaviourDetails, ConditionBehaviour
 
 SOLVED_ACCURACY = 0.8
@@ -20,7 +20,7 @@ def run(lab: Lab) -> StageOutput:
     margins = {c: torch.cat([lab.attention(c, half).margins for half in HALVES]).double().numpy() for c in CONDITIONS}
     prompts = {c: [p for half in HALVES for p in lab.prompts(c, half)] for c in CONDITIONS}
     items = [item for half in HALVES for item in lab.halves[half]]
-    by_item = {c: m.reshape(-1, 2).mean(axis=1) for c, m in margins.items()}
+    by_item = {c: item_means(m) for c, m in margins.items()}
     right = {c: m > 0 for c, m in margins.items()}
     table = {}
     for c in CONDITIONS:
@@ -34,7 +34,7 @@ def run(lab: Lab) -> StageOutput:
             fraction_A=float(np.mean(says_a)),
         )
     severities = sorted({item.severity for item in items if item.severity})
-    per_item_right = right["harm"].reshape(-1, 2).mean(axis=1)
+    per_item_right = item_means(right["harm"].astype(float))
     unknown = lab.subject.tokenizer.unk_token_id
     tokens = [t for p in prompts["harm"] for t in p.tokens]
     details = BehaviourDetails(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from qklens.analyses.belief import BeliefCandidate, best_belief, option_sums, rank_belief, read_belief
+from qklens.analyses.belief import BeliefCandidate, option_sums, read_belief
 from qklens.data.render import CONDITIONS, Condition
-from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.choices import belief_candidates
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import Lab
 from qklens.studies.results import Belief, BeliefCondition, BeliefFeature
-
-SHOWN = 8
 
 
 def run(lab: Lab) -> StageOutput:
@@ -30,19 +29,6 @@ def run(lab: Lab) -> StageOutput:
         candidates=features,
     )
     return StageOutput(results={"belief": belief.model_dump()}, state={"layer": first.layer, "feature": first.feature})
-
-
-def belief_candidates(lab: Lab) -> list[BeliefCandidate]:
-    """The best separating features of all layers on the discovery half, best first."""
-    best: list[BeliefCandidate] = []
-    for layers in lab.few_at_once(lab.source.layers):
-        lab.streams("none", "discovery", layers)
-        for layer in layers:
-            sums = option_sums(lab.prompts("none", "discovery"), lab.written("none", "discovery", layer))
-            best = best_belief([*best, *rank_belief(layer, *sums, SHOWN)], SHOWN)
-        if len(layers) < len(lab.source.layers):
-            lab.drop_streams()
-    return best
 
 
 def _tested(lab: Lab, candidate: BeliefCandidate) -> BeliefFeature:

@@ -9,12 +9,12 @@ import numpy as np
 from qklens.analyses.contrasts import Role
 from qklens.analyses.interactions import mean_terms
 from qklens.analyses.lens import BIAS, ERROR
-from qklens.analyses.statistics import bootstrap_mean
+from qklens.analyses.statistics import bootstrap_mean, item_means
 from qklens.analyses.weighting import REALISED
 from qklens.dictionaries.source import feature_index
 from qklens.interventions.steer import Head
-from qklens.studies.harm_pressure.lab import Lab
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import Lab
 from qklens.studies.results import ErrorTerms
 
 
@@ -31,7 +31,7 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
             for query, keys in zip(means.query, means.key, strict=True):
                 terms = (means.scale * keys.vectors @ query.of(feature)).double().cpu().numpy()
                 by_prompt.append([terms[:-2].sum(), terms[-2], terms[-1]])
-            by_item = np.asarray(by_prompt).reshape(-1, 2, 3).mean(axis=1)
+            by_item = item_means(np.asarray(by_prompt))
             kinds = ("features", BIAS, ERROR)
             rows.append(
                 ErrorTerms(

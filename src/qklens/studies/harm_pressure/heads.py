@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qklens.analyses.attended import attended_tokens, place_mass
 from qklens.analyses.heads import (
-    candidate_heads,
-    clean_pattern_patch,
-    fewest,
-    first_heads,
     mean_ablation,
     restored_share,
 )
 from qklens.analyses.readings import SPANS, read_patterns
-from qklens.analyses.statistics import bootstrap_mean, bootstrap_ratio, wilson
+from qklens.analyses.statistics import bootstrap_mean, bootstrap_ratio, item_means, wilson
 from qklens.data.render import CONDITIONS, Condition, Prompt
-from qklens.errors import QklensError
-from qklens.interventions.patch import PatternPatch
 from qklens.interventions.steer import Head
-from qklens.studies.harm_pressure.lab import Half, Lab
+from qklens.studies.choices import choose_heads, clean_patch
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import Lab
 from qklens.studies.results import AttendedToken, HeadRow, HeadsDetails
 
 N_RANDOM_HEADS = 10
 SHOWN_TOKENS = 5
-MAX_LENS_HEADS = 6
 PRESSED: tuple[Literal["harm"], Literal["benign"]] = ("harm", "benign")
 
 
@@ -47,54 +38,6 @@ def run(lab: Lab) -> StageOutput:
     )
 
 
-def choose_heads(lab: Lab) -> tuple[list[Head], list[Head], list[float]]:
-    """The selected heads, all candidates by rank, and the share restored by the first k of them; discovery half."""
-    calm = lab.attention("none", "discovery")
-    candidates = candidate_heads(calm.difference.mean(dim=0), calm.letter_logit.mean(dim=0))
-    patch = _patch(lab, "discovery", candidates)
-    harm, clean = lab.work("harm", "discovery"), calm.margins
-    harmed = harm.margins()
-
-    def restored(some: Sequence[Head]) -> float:
-        return restored_share(harm.margins([PatternPatch({h: patch.rows[h] for h in some})]), harmed, clean)
-
-    ranked = candidates
-    low, _ = bootstrap_mean(_items(clean - harmed), lab.seed)
-    if low > 0:  # without a loss there is nothing to restore, and the ranking by attention and letter stands
-        alone = {h: restored([h]) for h in candidates}
-        ranked = sorted(candidates, key=lambda h: -alone[h])
-    curve = [restored(some) for some in first_heads(ranked)]
-    return ranked[: fewest(curve)], ranked, curve
-
-
-def heads_to_read(
-    selected: Sequence[Head], ranked: Sequence[Head], written: Collection[int], source: str
-) -> list[Head]:
-    """The heads to look through: selected ones whose input a source writes, best first, or else the best other.
-
-    Args:
-        selected: the answer-selection heads.
-        ranked: all candidates.
-        written: layers that the source writes.
-        source: its name.
-
-    Raises:
-        QklensError: the source writes no candidate's input.
-    """
-    chosen = [h for h in selected if h[0] in written] or [h for h in ranked if h[0] in written][:1]
-    if not chosen:
-        raise QklensError(
-            f"dictionary {source!r} writes layers {sorted(written)}, the answer-selection heads are in layers "
-            f"{sorted({h[0] for h in ranked})}; choose a dictionary for those layers, or --dictionary directions"
-        )
-    return chosen[:MAX_LENS_HEADS]
-
-
-def _patch(lab: Lab, half: Half, heads: list[Head]) -> PatternPatch:
-    rows = read_patterns(lab.work("none", half), heads)
-    return clean_pattern_patch(lab.prompts("none", half), rows, lab.prompts("harm", half), heads)
-
-
 def _row(lab: Lab, head: Head, patterns: dict[Condition, list[Tensor]], *, selected: bool) -> HeadRow:
     layer, h = head
     prompts: dict[Condition, list[Prompt]] = {c: lab.prompts(c, "report") for c in CONDITIONS}
@@ -102,9 +45,9 @@ def _row(lab: Lab, head: Head, patterns: dict[Condition, list[Tensor]], *, selec
     readings = {c: lab.attention(c, "report") for c in CONDITIONS}
     none, harm = readings["none"], readings["harm"]
     difference = {c: readings[c].difference[:, layer, h] for c in CONDITIONS}
-    patched = lab.work("harm", "report").margins([_patch(lab, "report", [head])])
+    patched = lab.work("harm", "report").margins([clean_patch(lab, "report", [head])])
     ablated = lab.work("none", "report").margins([mean_ablation(lab.attention("none", "discovery"), head)])
-    by_item = {c: _items(difference[c]) for c in CONDITIONS}
+    by_item = {c: item_means(difference[c].double().numpy()) for c in CONDITIONS}
     change = {c: by_item[c] - by_item["none"] for c in PRESSED}
     return HeadRow(
         layer=layer,
@@ -134,31 +77,29 @@ def _joint(lab: Lab, selected: list[Head], curve: list[float]) -> HeadsDetails:
     subject = lab.subject
     harm = lab.work("harm", "report")
     clean, harmed = lab.attention("none", "report").margins, lab.attention("harm", "report").margins
-    patched = harm.margins([_patch(lab, "report", selected)])
+    patched = harm.margins([clean_patch(lab, "report", selected)])
     every = [(layer, head) for layer in range(subject.n_layers) for head in range(subject.n_heads)]
     others = [head for head in every if head not in selected]
     generator = torch.Generator().manual_seed(lab.seed)
     at_random = []
     for _ in range(N_RANDOM_HEADS if others else 0):
         drawn = [others[i] for i in torch.randperm(len(others), generator=generator)[: len(selected)].tolist()]
-        at_random.append(restored_share(harm.margins([_patch(lab, "report", drawn)]), harmed, clean))
+        at_random.append(restored_share(harm.margins([clean_patch(lab, "report", drawn)]), harmed, clean))
     right = int((patched > 0).sum())
     return HeadsDetails(
         selected=selected,
         attention_difference_map={c: lab.attention(c, "discovery").difference.mean(dim=0).tolist() for c in CONDITIONS},
         letter_logit_map=lab.attention("none", "discovery").letter_logit.mean(dim=0).tolist(),
         restored=restored_share(patched, harmed, clean),
-        restored_ci=bootstrap_ratio(_items(patched - harmed), _items(clean - harmed), lab.seed),
+        restored_ci=bootstrap_ratio(
+            item_means((patched - harmed).double().numpy()), item_means((clean - harmed).double().numpy()), lab.seed
+        ),
         patched_accuracy=right / len(patched),
         patched_accuracy_ci=wilson(right, len(patched)),
         patched_margin=float(patched.mean()),
         harm_margin=float(harmed.mean()),
         none_margin=float(clean.mean()),
         restored_random_heads=sum(at_random) / max(len(at_random), 1),
-        all_heads_restored=restored_share(harm.margins([_patch(lab, "report", every)]), harmed, clean),
+        all_heads_restored=restored_share(harm.margins([clean_patch(lab, "report", every)]), harmed, clean),
         discovery_curve=curve,
     )
-
-
-def _items(by_prompt: Tensor) -> NDArray[np.float64]:
-    return by_prompt.double().numpy().reshape(-1, 2).mean(axis=1)

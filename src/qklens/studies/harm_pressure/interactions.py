@@ -18,10 +18,10 @@ from qklens.models.attention import AttentionRead
 from qklens.models.batch import Batch
 from qklens.models.running import Reads
 from qklens.models.scores import score_maps
-from qklens.studies.harm_pressure.lab import Lab
-from qklens.studies.harm_pressure.roles import find_roles
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import Lab
 from qklens.studies.results import Completeness, InteractionRow, InteractionShare
+from qklens.studies.roles import find_roles
 
 TOP_PAIRS = 12
 _CHECKED_PROMPTS = 4

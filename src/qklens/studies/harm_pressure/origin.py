@@ -18,9 +18,10 @@ from qklens.dictionaries.source import feature_index
 from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps
 from qklens.models.subject import Subject
-from qklens.studies.harm_pressure.lab import Lab
-from qklens.studies.harm_pressure.zscores import N_DRAWS, populations
+from qklens.studies.harm_pressure.zscores import N_DRAWS
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import Lab
+from qklens.studies.populations import populations
 from qklens.studies.results import Origin
 
 

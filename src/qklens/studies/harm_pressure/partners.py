@@ -14,12 +14,12 @@ from qklens.dictionaries.source import feature_index
 from qklens.dictionaries.unit import UnitDirections, unit_directions
 from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps, virtual_reader
-from qklens.studies.harm_pressure.lab import Lab
-from qklens.studies.harm_pressure.roles import top_tokens
 from qklens.studies.harm_pressure.transfer import SETS, transfer_lab
-from qklens.studies.harm_pressure.zscores import populations
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import Lab
+from qklens.studies.populations import populations
 from qklens.studies.results import Partner
+from qklens.studies.roles import top_tokens
 
 TOP = 15
 

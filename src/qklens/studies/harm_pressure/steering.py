@@ -12,16 +12,16 @@ from typing import Literal
 
 import torch
 
-from qklens.analyses.contrasts import Role, contrast, item_means
-from qklens.analyses.statistics import wilson
+from qklens.analyses.contrasts import Role, contrast
+from qklens.analyses.statistics import item_means, wilson
 from qklens.data.render import Condition
 from qklens.dictionaries.source import feature_index
 from qklens.interventions.direction import Direction, at_equal_norm, feature_direction, random_direction
 from qklens.interventions.steer import Head, Steer
-from qklens.studies.harm_pressure.lab import Half, Lab
-from qklens.studies.harm_pressure.roles import role_direction, typical_activation
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import Half, Lab
 from qklens.studies.results import Steering
+from qklens.studies.roles import role_direction, typical_activation
 
 REFUSE_STRENGTHS = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
 KEY_STRENGTHS = (0.0, 1.0, 2.0, 4.0)

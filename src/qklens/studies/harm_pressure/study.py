@@ -21,6 +21,7 @@ from qklens.files import sha256_files, write_json
 from qklens.interventions.steer import Head
 from qklens.models.loading import inspect_model, load_subject
 from qklens.models.subject import Subject
+from qklens.studies.choices import heads_to_read
 from qklens.studies.config import StudyConfig
 from qklens.studies.harm_pressure import (
     behaviour,
@@ -36,13 +37,13 @@ from qklens.studies.harm_pressure import (
     verdict,
     zscores,
 )
-from qklens.studies.harm_pressure.lab import Lab
-from qklens.studies.harm_pressure.roles import known_roles
 from qklens.studies.journal import Journal, StageOutput, check_folder
+from qklens.studies.lab import Lab
 from qklens.studies.opening import load_source, open_lab, threads_for
 from qklens.studies.progress import StageProgress
 from qklens.studies.resources import Resources, resolve
 from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, HeadsDetails, Results
+from qklens.studies.roles import known_roles
 
 _NARROW = 512
 
@@ -71,7 +72,7 @@ class _Run:
         """The heads that later stages look through: selected ones whose input the source writes, best first."""
         state = self.done["heads"].state
         selected, ranked = ([tuple(h) for h in state[name]] for name in ("selected", "ranked"))
-        return heads.heads_to_read(selected, ranked, self.lab.source.layers, self.lab.source.name)
+        return heads_to_read(selected, ranked, self.lab.source.layers, self.lab.source.name)
 
     @property
     def pair_heads(self) -> list[Head]:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from qklens.analyses.contrasts import Role
-from qklens.analyses.statistics import bootstrap_mean, wilson
+from qklens.analyses.statistics import bootstrap_mean, item_means, wilson
 from qklens.data.items import load_dataset
 from qklens.data.render import CONDITIONS
 from qklens.dictionaries.source import feature_index
 from qklens.interventions.steer import Head
-from qklens.studies.harm_pressure.lab import HALVES, Lab
-from qklens.studies.harm_pressure.roles import role_direction
 from qklens.studies.harm_pressure.steering import query_steer
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import HALVES, Lab
 from qklens.studies.results import Transfer
+from qklens.studies.roles import role_direction
 
 SETS = ("symptoms", "fraud")
 
@@ -56,7 +56,7 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str], strength: float
                     accuracy=right / len(margins),
                     ci=wilson(right, len(margins)),
                     margin=float(margins.mean()),
-                    margin_ci=bootstrap_mean(margins.double().numpy().reshape(-1, 2).mean(axis=1), lab.seed),
+                    margin_ci=bootstrap_mean(item_means(margins.double().numpy()), lab.seed),
                     n=len(margins),
                     attention_difference=float(torch.stack([difference[:, a, b] for a, b in heads]).mean()),
                     refuse_activation=float(torch.stack([w.active.of(feature)[-1] for w in written]).mean()),

@@ -12,7 +12,7 @@ from typing import get_args
 from qklens.analyses.factorial import Term, removal, shapley_values, term_rows
 from qklens.analyses.heads import restored_share
 from qklens.interventions.steer import Head
-from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.lab import Lab
 from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, Evidence, HeadsDetails, Verdict
 
 THRESHOLDS = {

@@ -10,19 +10,17 @@ from qklens.analyses.contrasts import Role
 from qklens.analyses.nulls import (
     NULLS,
     NullTest,
-    Population,
     feature_pairs,
     null_tests,
-    population,
     seed_for,
 )
 from qklens.analyses.statistics import benjamini_hochberg
-from qklens.data.render import CONDITIONS
 from qklens.dictionaries.source import feature_index
 from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps
-from qklens.studies.harm_pressure.lab import Lab
 from qklens.studies.journal import StageOutput
+from qklens.studies.lab import Lab
+from qklens.studies.populations import populations
 from qklens.studies.results import NullHistogram, ZScore
 
 PAIRS: tuple[tuple[Role, Role], ...] = (
@@ -79,19 +77,6 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
             "null_histograms": [histogram.model_dump() for histogram in histograms],
         }
     )
-
-
-def populations(lab: Lab, layer: int) -> tuple[Population, Population]:
-    """Query features at the answer position, key features at intent and option tokens, over all conditions."""
-    answers, spans = [], []
-    for condition in CONDITIONS:
-        for prompt, written in zip(
-            lab.prompts(condition, "report"), lab.written(condition, "report", layer), strict=True
-        ):
-            answers.append((written, prompt.spans["answer"]))
-            spans.append((written, [p for name in ("intent", "correct", "incorrect") for p in prompt.spans[name]]))
-    vectors = lab.source.directions(layer)
-    return population(vectors, answers), population(vectors, spans)
 
 
 def _histogram(layer: int, head: int, test: NullTest) -> NullHistogram:

@@ -31,14 +31,14 @@ from qklens.analyses.heads import (
 )
 from qklens.analyses.on_text import HeadOnText, heads_on_text
 from qklens.analyses.readings import OPTION_PARTS, read_patterns
-from qklens.analyses.statistics import Array, bootstrap_mean, bootstrap_means, bootstrap_ratio
+from qklens.analyses.statistics import Array, bootstrap_mean, bootstrap_means, bootstrap_ratio, item_means
 from qklens.analyses.text_windows import text_windows
 from qklens.data.render import CONDITIONS, Condition
 from qklens.errors import QklensError
 from qklens.interventions.patch import HeadAblation, PatternPatch
 from qklens.interventions.steer import Head
 from qklens.strict import Strict
-from qklens.studies.harm_pressure.lab import Lab, fold_items
+from qklens.studies.lab import Lab, fold_items
 from qklens.studies.progress import Tick, silent
 
 Interval = tuple[float, float]
@@ -124,7 +124,7 @@ class _Effects:
     @property
     def worth(self) -> bool:
         """Whether there is anything to win or lose: the whole is clearly above zero."""
-        return bootstrap_mean(_by_item(self.whole)[:, 0], self.seed)[0] > 0
+        return bootstrap_mean(item_means(self.whole.double().numpy()), self.seed)[0] > 0
 
     def __post_init__(self) -> None:
         self._known: dict[frozenset[Head], Tensor] = {}
@@ -252,7 +252,7 @@ def _pooled(
     for number, row in enumerate(held):
         rows = torch.from_numpy(np.repeat(fold == number, 2))
         gained[rows] = effects.joint(tuple(row.heads))[rows]
-    above, below = _by_item(gained)[:, 0], _by_item(effects.whole)[:, 0]
+    above, below = (item_means(values.double().numpy()) for values in (gained, effects.whole))
     if not effects.worth:
         return above, None, None
     return above, _share(above.sum(), below.sum()), bootstrap_ratio(above, below, lab.seed)
@@ -262,7 +262,7 @@ def _row(lab: Lab, head: Head, index: int, patch: _Effects, ablation: _Effects, 
     layer, h = head
     readings = {c: lab.attention(c, "all") for c in CONDITIONS}
     none = readings["none"]
-    gain, drop = (_by_item(effects.alone[:, index]) for effects in (patch, ablation))
+    gain, drop = (item_means(effects.alone[:, index].double().numpy()) for effects in (patch, ablation))
     parts = dict(zip(OPTION_PARTS, none.part_difference[:, layer, h].T, strict=True))
     scores = dict(zip(OPTION_PARTS, none.score_difference[:, layer, h].T, strict=True))
     lost = patch.whole
@@ -270,7 +270,7 @@ def _row(lab: Lab, head: Head, index: int, patch: _Effects, ablation: _Effects, 
         layer=layer,
         head=h,
         attention_difference={c: float(readings[c].difference[:, layer, h].mean()) for c in CONDITIONS},
-        attention_difference_ci=_interval(_by_item(none.difference[:, layer, h]), lab.seed),
+        attention_difference_ci=_interval(item_means(none.difference[:, layer, h].double().numpy()), lab.seed),
         attention_difference_by_part={name: _mean(v) for name, v in parts.items() if name != "all"},
         score_difference={name: _mean(v) for name, v in scores.items()},
         letter_logit=float(none.letter_logit[:, layer, h].mean()),
@@ -295,10 +295,5 @@ def _mean(values: Tensor) -> float | None:
 
 
 def _interval(by_item: Array, seed: int) -> Interval:
-    low, high = bootstrap_means(by_item, seed)
+    low, high = bootstrap_means(by_item[:, None], seed)
     return float(low[0]), float(high[0])
-
-
-def _by_item(by_prompt: Tensor) -> Array:
-    """Both orders of an item averaged, `item column`."""
-    return by_prompt.double().numpy().reshape(-1, 2, *by_prompt.shape[1:]).mean(axis=1).reshape(len(by_prompt) // 2, -1)

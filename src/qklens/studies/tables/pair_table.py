@@ -15,18 +15,17 @@ from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role
 from qklens.analyses.interactions import PairTerms, Side, mean_terms, refuse_silence
 from qklens.analyses.lens import ERROR, HeadLens
 from qklens.analyses.nulls import MIN_PAIRS, NULLS, NullName, NullTest, feature_pairs, null_tests, seed_for
-from qklens.analyses.statistics import Array, benjamini_hochberg, bootstrap_means
+from qklens.analyses.statistics import Array, benjamini_hochberg, bootstrap_means, item_means
 from qklens.analyses.weighting import REALISED, Weighting
 from qklens.data.render import CONDITIONS
 from qklens.errors import NoSpreadError, QklensError, nearest
 from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps, virtual_interaction
-from qklens.studies.harm_pressure.belief import belief_candidates
-from qklens.studies.harm_pressure.heads import choose_heads, heads_to_read
-from qklens.studies.harm_pressure.lab import HALVES, Half, Lab
-from qklens.studies.harm_pressure.roles import find_roles, known_roles
-from qklens.studies.harm_pressure.zscores import populations
+from qklens.studies.choices import belief_candidates, choose_heads, heads_to_read
+from qklens.studies.lab import HALVES, Half, Lab
+from qklens.studies.populations import populations
 from qklens.studies.progress import Tick, silent
+from qklens.studies.roles import find_roles, known_roles
 from qklens.studies.tables.pair_rows import Marginal, Pair, PairReading, PairTable, Test
 
 READINGS: tuple[str, ...] = ("none", "harm", "benign", "harm-none", "harm-benign")
@@ -190,8 +189,7 @@ def _list_pairs(lab: Lab, lens: HeadLens, request: PairRequest, roles: dict[Role
 
 
 def _by_item(terms: PairTerms, pairs: Sequence[tuple[int, int]]) -> Array:
-    """Both orders of an item averaged, `item pair`."""
-    return terms.by_prompt(pairs).double().numpy().reshape(-1, 2, len(pairs)).mean(axis=1)
+    return item_means(terms.by_prompt(pairs).double().numpy())
 
 
 def _test_pairs(

@@ -27,14 +27,13 @@ from qklens.errors import QklensError
 from qklens.interventions.steer import Head
 from qklens.models.scores import Rotation, offset_rotation, score_maps, virtual_reader
 from qklens.strict import Strict
+from qklens.studies.choices import belief_candidates, choose_heads, heads_to_read
 from qklens.studies.config import LabConfig
-from qklens.studies.harm_pressure.belief import belief_candidates
-from qklens.studies.harm_pressure.dictionary_fit import check_belongs
-from qklens.studies.harm_pressure.heads import choose_heads, heads_to_read
-from qklens.studies.harm_pressure.lab import Lab
-from qklens.studies.harm_pressure.roles import find_roles
+from qklens.studies.dictionary_fit import check_belongs
+from qklens.studies.lab import Lab
 from qklens.studies.opening import load_source, open_lab, threads_for
 from qklens.studies.resources import dictionary_folder
+from qklens.studies.roles import find_roles
 
 
 class PartnerRow(Strict):

@@ -22,16 +22,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role, consistency, contrast, item_means
+from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role, consistency, contrast
 from qklens.analyses.interactions import PairTerms, mean_terms
 from qklens.analyses.lens import HeadLens
+from qklens.analyses.statistics import item_means
 from qklens.analyses.weighting import CONTRASTIVE, REALISED, SHARE, Weighting
 from qklens.data.render import Condition
 from qklens.dictionaries.source import FeatureSource, feature_index
 from qklens.errors import QklensError, nearest
 from qklens.interventions.direction import Direction, feature_direction
 from qklens.interventions.steer import Head, Steer
-from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.lab import Lab
 from qklens.studies.results import RoleCandidate
 
 _BY_CONTRAST, _FINALISTS, _SHOWN = 24, 6, 8

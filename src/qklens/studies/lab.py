@@ -1,4 +1,4 @@
-"""What the stages share: the subject, the source, both halves' prompts, and readings that are made once."""
+"""What stages and tables share: the subject, the source, both halves' prompts, and readings that are made once."""
 
 from __future__ import annotations
 

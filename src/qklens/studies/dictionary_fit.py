@@ -14,7 +14,7 @@ from qklens.data.render import CONDITIONS
 from qklens.dictionaries.crosscoder import CONFIG_FILE, Crosscoder, CrosscoderConfig, Fidelity
 from qklens.errors import QklensError
 from qklens.models.subject import Subject
-from qklens.studies.harm_pressure.lab import Lab
+from qklens.studies.lab import Lab
 
 FVU_LIMIT = 0.9
 """Above this share of variance unexplained, a dictionary does not write the stream at all."""

@@ -1,0 +1,79 @@
+"""What the discovery half chooses: the answer-selection heads, and the features that tell the options apart."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from qklens.analyses.belief import BeliefCandidate, best_belief, option_sums, rank_belief
+from qklens.analyses.heads import candidate_heads, clean_pattern_patch, fewest, first_heads, restored_share
+from qklens.analyses.readings import read_patterns
+from qklens.analyses.statistics import bootstrap_mean, item_means
+from qklens.errors import QklensError
+from qklens.interventions.patch import PatternPatch
+from qklens.interventions.steer import Head
+from qklens.studies.lab import Half, Lab
+
+MAX_LENS_HEADS = 6
+SHOWN_BELIEF = 8
+
+
+def choose_heads(lab: Lab) -> tuple[list[Head], list[Head], list[float]]:
+    """The selected heads, all candidates by rank, and the share restored by the first k of them; discovery half."""
+    calm = lab.attention("none", "discovery")
+    candidates = candidate_heads(calm.difference.mean(dim=0), calm.letter_logit.mean(dim=0))
+    patch = clean_patch(lab, "discovery", candidates)
+    harm, clean = lab.work("harm", "discovery"), calm.margins
+    harmed = harm.margins()
+
+    def restored(some: Sequence[Head]) -> float:
+        return restored_share(harm.margins([PatternPatch({h: patch.rows[h] for h in some})]), harmed, clean)
+
+    ranked = candidates
+    low, _ = bootstrap_mean(item_means((clean - harmed).double().numpy()), lab.seed)
+    if low > 0:  # without a loss there is nothing to restore, and the ranking by attention and letter stands
+        alone = {h: restored([h]) for h in candidates}
+        ranked = sorted(candidates, key=lambda h: -alone[h])
+    curve = [restored(some) for some in first_heads(ranked)]
+    return ranked[: fewest(curve)], ranked, curve
+
+
+def heads_to_read(
+    selected: Sequence[Head], ranked: Sequence[Head], written: Collection[int], source: str
+) -> list[Head]:
+    """The heads to look through: selected ones whose input a source writes, best first, or else the best other.
+
+    Args:
+        selected: the answer-selection heads.
+        ranked: all candidates.
+        written: layers that the source writes.
+        source: its name.
+
+    Raises:
+        QklensError: the source writes no candidate's input.
+    """
+    chosen = [h for h in selected if h[0] in written] or [h for h in ranked if h[0] in written][:1]
+    if not chosen:
+        raise QklensError(
+            f"dictionary {source!r} writes layers {sorted(written)}, the answer-selection heads are in layers "
+            f"{sorted({h[0] for h in ranked})}; choose a dictionary for those layers, or --dictionary directions"
+        )
+    return chosen[:MAX_LENS_HEADS]
+
+
+def clean_patch(lab: Lab, half: Half, heads: list[Head]) -> PatternPatch:
+    """The patch that gives heads under harm their patterns from the bare question."""
+    rows = read_patterns(lab.work("none", half), heads)
+    return clean_pattern_patch(lab.prompts("none", half), rows, lab.prompts("harm", half), heads)
+
+
+def belief_candidates(lab: Lab) -> list[BeliefCandidate]:
+    """The best separating features of all layers on the discovery half, best first."""
+    best: list[BeliefCandidate] = []
+    for layers in lab.few_at_once(lab.source.layers):
+        lab.streams("none", "discovery", layers)
+        for layer in layers:
+            sums = option_sums(lab.prompts("none", "discovery"), lab.written("none", "discovery", layer))
+            best = best_belief([*best, *rank_belief(layer, *sums, SHOWN_BELIEF)], SHOWN_BELIEF)
+        if len(layers) < len(lab.source.layers):
+            lab.drop_streams()
+    return best
