@@ -25,7 +25,7 @@ from qklens.analyses.written import write_prompts
 from qklens.models.attention import AttentionRead
 from qklens.models.edits import VectorEdit
 from qklens.models.passes import run_pass
-from qklens.models.running import Reads
+from qklens.models.copies import Reads
 from qklens.models.scores import ScoreMaps, score_maps
 
 

@@ -22,7 +22,7 @@ from qklens.interventions.direction import feature_direction
 from qklens.interventions.engine import Workset
 from qklens.interventions.patch import HeadAblation, PatternPatch
 from qklens.interventions.steer import Steer
-from qklens.models.running import Reads
+from qklens.models.copies import Reads
 from qklens.models.scores import offset_rotation, virtual_interaction
 from qklens.models.subject import Subject
 

@@ -189,7 +189,7 @@ def test_letter_attribution_of_all_heads_is_the_attention_part_of_the_margin(lab
 
 
 def read_final(work: Workset) -> torch.Tensor:
-    from qklens.models.running import Reads
+    from qklens.models.copies import Reads
 
     rows = torch.zeros(len(work), work.subject.d_model)
 

@@ -18,9 +18,9 @@ from qklens.errors import QklensError
 from qklens.interventions.engine import Workset
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
+from qklens.models.copies import Reads
 from qklens.models.families import load_family
 from qklens.models.passes import run_pass
-from qklens.models.running import Reads
 from qklens.models.subject import Subject, wrap_model
 from tiny_families import CASES, LAYERS, tiny_model
 

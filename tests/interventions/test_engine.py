@@ -13,7 +13,7 @@ from qklens.interventions.engine import Workset
 from qklens.interventions.patch import HeadAblation, PatternPatch, ScoreShift, align_rows
 from qklens.interventions.steer import Steer
 from qklens.models.attention import AttentionRead
-from qklens.models.running import Reads
+from qklens.models.copies import Reads
 from qklens.models.scores import rotation, score_maps
 
 FORM = LetterForm("", "")

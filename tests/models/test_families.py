@@ -11,11 +11,11 @@ from qklens.analyses.written import write_prompts
 from qklens.dictionaries.directions import Directions
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
+from qklens.models.copies import Reads
 from qklens.models.edits import VectorEdit
 from qklens.models.families import FAMILIES, load_family
 from qklens.models.kept import Beginning
 from qklens.models.passes import run_pass
-from qklens.models.running import Reads
 from qklens.models.scores import rotation, score_maps
 from qklens.models.selfcheck import self_check
 from qklens.models.subject import Subject, wrap_model

@@ -10,10 +10,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from qklens.errors import QklensError
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
+from qklens.models.copies import Reads
 from qklens.models.edits import OutputEdit, PatternEdit, VectorEdit
 from qklens.models.kept import Beginning
 from qklens.models.passes import run_pass
-from qklens.models.running import Reads
 from qklens.models.selfcheck import self_check
 
 LAYOUTS = {

@@ -13,9 +13,9 @@ from qklens.dictionaries.directions import Directions
 from qklens.errors import QklensError
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import left_padded
+from qklens.models.copies import Reads
 from qklens.models.norms import NormMap
 from qklens.models.passes import run_pass
-from qklens.models.running import Reads
 from qklens.models.scores import offset_rotation, rotation, score_maps, virtual_interaction
 
 TOKENS = list(range(20, 33))

@@ -18,9 +18,9 @@ from qklens.dictionaries.crosscoder import Fidelity
 from qklens.dictionaries.source import FeatureSource, fraction_variance_unexplained, write_parts
 from qklens.errors import QklensError
 from qklens.models.batch import Batch, left_padded
+from qklens.models.copies import Reads
 from qklens.models.edits import Edit, VectorEdit
 from qklens.models.passes import run_pass
-from qklens.models.running import Reads
 from qklens.models.subject import Subject
 
 _ROWS = 64

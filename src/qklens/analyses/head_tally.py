@@ -13,7 +13,7 @@ from qklens.analyses.key_kinds import UNCHOSEN
 from qklens.interventions.steer import Head
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import Batch
-from qklens.models.running import Reads
+from qklens.models.copies import Reads
 from qklens.models.subject import Subject
 
 

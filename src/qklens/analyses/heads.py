@@ -19,8 +19,9 @@ from torch import Tensor
 from qklens.analyses.readings import AttentionReading
 from qklens.data.render import Prompt
 from qklens.errors import NothingChangedError
-from qklens.interventions.engine import Intervention, Workset
+from qklens.interventions.engine import Workset
 from qklens.interventions.patch import HeadAblation, PatternPatch, align_rows
+from qklens.interventions.points import Intervention
 from qklens.interventions.steer import Head
 
 MAX_CANDIDATES = 12

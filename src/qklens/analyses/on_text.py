@@ -20,8 +20,8 @@ from qklens.errors import QklensError
 from qklens.interventions.engine import TOKENS_PER_BATCH, Workset
 from qklens.interventions.steer import Head
 from qklens.models.batch import Batch, left_padded
+from qklens.models.copies import Reads
 from qklens.models.passes import run_pass
-from qklens.models.running import Reads
 from qklens.models.subject import Subject
 
 SHOWN_EXAMPLES = 10

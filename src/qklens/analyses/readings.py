@@ -14,7 +14,7 @@ from qklens.interventions.engine import Workset, letter_margins
 from qklens.interventions.steer import Head
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import Batch
-from qklens.models.running import Reads
+from qklens.models.copies import Reads
 from qklens.models.scores import soft_capped
 from qklens.models.subject import Subject
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,14 +16,14 @@ from torch import Tensor
 
 from qklens.data.render import Prompt
 from qklens.errors import NothingChangedError, QklensError
-from qklens.interventions.steer import Head, Steer
+from qklens.interventions.points import Intervention, Planned, Point, any_of, is_identity, plan, several
+from qklens.interventions.steer import Head
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import Batch, left_padded
-from qklens.models.edits import Edit, ScoreEdit, VectorEdit
+from qklens.models.copies import Copies, Reads
 from qklens.models.kept import Beginning
 from qklens.models.passes import NO_READS, run_copies, run_pass
 from qklens.models.prefill import Clean, prefill
-from qklens.models.running import Copies, Reads
 from qklens.models.subject import Subject
 
 TOKENS_PER_BATCH = 4096
@@ -34,43 +32,12 @@ COPIED_COLUMNS = 256
 """Columns of all copies of one prompt together: a copy's scores against the others are made and thrown away."""
 
 
-@runtime_checkable
-class Intervention(Protocol):
-    """A frozen value that turns into edits for each batch."""
-
-    def edits(self, subject: Subject, prompts: Sequence[Prompt], batch: Batch, index: Sequence[int]) -> list[Edit]:
-        """The edits of one pass over some prompts; `index` gives their places in the workset."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """The spec as echoed into results."""
-        ...
-
-
-Point = Intervention | Sequence[Intervention]
-"""One point of a sweep: an intervention, or several that act together."""
-
-
 @dataclass(eq=False)
 class _Chunk:
     index: tuple[int, ...]
     prompts: tuple[Prompt, ...]
     batch: Batch
     clean: Clean | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Planned:
-    """A point's edits in one chunk, and the first column and layer that they touch."""
-
-    place: int
-    groups: tuple[tuple[Edit, ...], ...]
-    start: int
-    layer: int
-
-    @property
-    def edits(self) -> list[Edit]:
-        return [edit for group in self.groups for edit in group]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +130,7 @@ class Workset:
         Raises:
             NothingChangedError: an intervention changed no value in any batch.
         """
-        active = [i for i in interventions if not _is_identity(i)]
+        active = [i for i in interventions if not is_identity(i)]
         if reads is None and not active:
             return self._clean_logits()
         if reads is None and self.reuse:
@@ -177,7 +144,7 @@ class Workset:
             sinks = reads(chunk.index, chunk.batch) if reads else NO_READS
             out = run_pass(self.subject, chunk.batch, [edit for group in groups for edit in group], sinks)
             self.ran.add(chunk.batch.width * len(chunk.index), self.subject.n_layers)
-            changed = [c or f for c, f in zip(changed, _flags(groups, out.changed), strict=True)]
+            changed = [c or f for c, f in zip(changed, any_of(groups, out.changed), strict=True)]
             for row, i in enumerate(chunk.index):
                 results[i] = out.logits[row]
         self._refuse_idle([active], [changed])
@@ -185,7 +152,7 @@ class Workset:
 
     def margins(self, interventions: Sequence[Intervention] = ()) -> Float[Tensor, " prompt"]:
         """logit(correct letter) − logit(incorrect letter) at the answer position, on the CPU in float32."""
-        if self.reuse and any(not _is_identity(i) for i in interventions):
+        if self.reuse and any(not is_identity(i) for i in interventions):
             return self.margins_each([interventions])[0]
         return letter_margins(self.logits(interventions), self.prompts)
 
@@ -217,7 +184,7 @@ class Workset:
         """
         for layer, head in heads:
             self.subject.check_head(layer, head)
-        groups = [_several(point) for point in points]
+        groups = [several(point) for point in points]
         letters = sorted({i for p in self.prompts for i in p.letter_ids})
 
         def measure(chunk: _Chunk, logits: Tensor) -> Tensor:
@@ -240,7 +207,7 @@ class Workset:
         Raises:
             NothingChangedError: an intervention changed no value in any batch.
         """
-        groups, clean = [_several(point) for point in points], self._clean_logits()
+        groups, clean = [several(point) for point in points], self._clean_logits()
 
         def measure(chunk: _Chunk, logits: Tensor) -> Tensor:
             was = clean[list(chunk.index)].double().log_softmax(dim=-1)
@@ -288,10 +255,13 @@ class Workset:
     ) -> _Result:
         """Run every point over every chunk; a point that changes nothing runs too, and gives what a clean run gives."""
         shape = len(groups), len(self)
-        changed = [[_is_identity(i) for i in group] for group in groups]
+        changed = [[is_identity(i) for i in group] for group in groups]
         result = _Result(wanted, heads, measure, torch.empty(*shape, width), torch.empty(*shape, len(heads)), changed)
         for chunk in self.chunks:
-            planned = [self._plan(chunk, place, group) for place, group in enumerate(groups)]
+            planned = [
+                plan(self.subject, chunk.prompts, chunk.batch, chunk.index, place, group)
+                for place, group in enumerate(groups)
+            ]
             if self.reuse:
                 self._run_shared(chunk, planned, result)
             else:
@@ -299,18 +269,7 @@ class Workset:
                     self._run_plain(chunk, point, result)
         return result
 
-    def _plan(self, chunk: _Chunk, place: int, group: Sequence[Intervention]) -> _Planned:
-        """Identities make no edits."""
-        made = tuple(
-            () if _is_identity(i) else tuple(i.edits(self.subject, chunk.prompts, chunk.batch, chunk.index))
-            for i in group
-        )
-        edits = [edit for some in made for edit in some]
-        start = min((_first_column(edit, chunk.batch) for edit in edits), default=chunk.batch.width - 1)
-        layer = min((_first_layer(edit) for edit in edits), default=self.subject.n_layers - 1)
-        return _Planned(place, made, start, layer)
-
-    def _run_shared(self, chunk: _Chunk, planned: Sequence[_Planned], result: _Result) -> None:
+    def _run_shared(self, chunk: _Chunk, planned: Sequence[Planned], result: _Result) -> None:
         """Points that begin at the same column share passes; those of near layers come together."""
         clean, n = self._run_clean(chunk), len(chunk.index)
         lowest_read = min((layer for layer, _ in result.heads), default=self.subject.n_layers)
@@ -332,7 +291,7 @@ class Workset:
                 for point, out in zip(points, outcomes, strict=True):
                     self._take(chunk, point, out.logits, out.changed, result)
 
-    def _run_plain(self, chunk: _Chunk, point: _Planned, result: _Result) -> None:
+    def _run_plain(self, chunk: _Chunk, point: Planned, result: _Result) -> None:
         """Whole prompts, one point, all letters of the alphabet."""
         _, reads = self._attention_reads(chunk, [point.place], 0, result)
         out = run_pass(self.subject, chunk.batch, point.edits, reads)
@@ -340,13 +299,13 @@ class Workset:
         logits = out.logits if result.wanted is None else out.logits[:, list(result.wanted)]
         self._take(chunk, point, logits, out.changed, result)
 
-    def _take(self, chunk: _Chunk, point: _Planned, logits: Tensor, flags: tuple[bool, ...], result: _Result) -> None:
+    def _take(self, chunk: _Chunk, point: Planned, logits: Tensor, flags: tuple[bool, ...], result: _Result) -> None:
         result.values[point.place, list(chunk.index)] = result.measure(chunk, logits).to(result.values)
         was = result.changed[point.place]
-        result.changed[point.place] = [c or f for c, f in zip(was, _flags(point.groups, flags), strict=True)]
+        result.changed[point.place] = [c or f for c, f in zip(was, any_of(point.groups, flags), strict=True)]
 
     def _streams(
-        self, chunk: _Chunk, clean: Clean, start: int, passes: dict[int, Sequence[_Planned]]
+        self, chunk: _Chunk, clean: Clean, start: int, passes: dict[int, Sequence[Planned]]
     ) -> dict[int, Tensor]:
         """resid_pre of the layers at which passes begin, at the columns from `start` on; none for layer 0.
 
@@ -401,30 +360,3 @@ def letter_margins(logits: Float[Tensor, "prompt vocab"], prompts: Sequence[Prom
     ids = torch.tensor([p.letter_ids for p in prompts], device=logits.device)
     pair = logits.float().gather(1, ids)
     return (pair[:, 0] - pair[:, 1]).cpu()
-
-
-def _several(point: Point) -> list[Intervention]:
-    return [point] if isinstance(point, Intervention) else list(point)
-
-
-def _is_identity(intervention: Intervention) -> bool:
-    """Whether it says itself that it changes nothing."""
-    return isinstance(intervention, Steer) and intervention.is_identity
-
-
-def _flags(groups: Sequence[Sequence[Edit]], changed: Sequence[bool]) -> list[bool]:
-    """For each intervention, whether any of its edits changed a value."""
-    ends = [0, *accumulate(map(len, groups))]
-    return [any(changed[begin:end]) for begin, end in pairwise(ends)]
-
-
-def _first_column(edit: Edit, batch: Batch) -> int:
-    """The first column that an edit touches; patches and score shifts act at the last one."""
-    if isinstance(edit, VectorEdit | ScoreEdit) and edit.mask is not None:
-        return int(edit.mask.any(dim=0).nonzero()[0])
-    return batch.width - 1
-
-
-def _first_layer(edit: Edit) -> int:
-    """The first layer whose stream an edit looks at or changes."""
-    return min((edit.layer, *(edit.sees if isinstance(edit, VectorEdit) else ())))

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qklens.models.batch import Batch
+from qklens.models.copies import Reads
 from qklens.models.kept import Beginning, Prefix, left_packed
 from qklens.models.passes import run_pass
-from qklens.models.running import Reads
 from qklens.models.subject import Subject
 
 MIN_SHARED = 8

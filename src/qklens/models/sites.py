@@ -25,10 +25,10 @@ from torch import Tensor
 from qklens.errors import QklensError, nearest
 from qklens.models.attention import AttentionRead, pick
 from qklens.models.batch import Batch
+from qklens.models.copies import Reads
 from qklens.models.edits import Edit
 from qklens.models.passes import run_pass
 from qklens.models.projections import ProjectionSide
-from qklens.models.running import Reads
 from qklens.models.subject import Subject
 
 SiteKind = Literal["resid_pre", "resid_post", "q_in", "k_in", "q", "k", "score", "pattern", "head_out"]

@@ -18,9 +18,9 @@ from torch import Tensor
 from qklens.errors import QklensError
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import Batch
+from qklens.models.copies import Reads
 from qklens.models.edits import Edit
 from qklens.models.passes import run_pass
-from qklens.models.running import Reads
 from qklens.models.scores import Rotation, ScoreMaps, SideMaps, rotation, score_maps
 from qklens.models.sites import columns_of
 from qklens.models.subject import Subject

@@ -16,7 +16,7 @@ from qklens.interventions.engine import Workset
 from qklens.interventions.steer import Head
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import Batch
-from qklens.models.running import Reads
+from qklens.models.copies import Reads
 from qklens.models.scores import score_maps
 from qklens.studies.journal import StageOutput
 from qklens.studies.lab import Lab
