@@ -125,7 +125,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lens-python", help="of an environment with TransformerLens")
     parser.add_argument("--nnsight-python", help="of an environment with nnsight")
-    parser.add_argument("--json", type=Path, help="where the tables go as JSON, every margin included")
+    parser.add_argument("--json", type=Path, help="where tables and the KV cache row's logits go as JSON")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     folder = model_folder(chosen.model).resolve()
