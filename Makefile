@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ORACLE := .venv-oracle
+NNSIGHT := .venv-nnsight
+MODEL ?= organism
+SWEEP ?= --items 16 --slow-items 4
 export HF_HUB_OFFLINE := 1
 
-.PHONY: study test coverage check organism oracle wheel clean
+.PHONY: study test coverage check organism oracle rivals wheel clean
 
 study: $(INSTALLED)  ## run the harm-pressure study on the model that ships
 	$(BIN)/qklens study harm-pressure
@@ -32,6 +35,10 @@ oracle: $(INSTALLED) $(ORACLE)/.installed  ## compare with TransformerLens, whic
 	$(ORACLE)/bin/python -m oracle.lens_side
 	$(BIN)/python -m oracle.compare
 
+rivals: $(INSTALLED) $(ORACLE)/.installed $(NNSIGHT)/.installed  ## time a steering sweep beside other tools: MODEL=DIR
+	$(BIN)/python -m benchmarks.sweep --model $(MODEL) $(SWEEP) \
+	  --lens-python $(ORACLE)/bin/python --nnsight-python $(NNSIGHT)/bin/python
+
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel
 
@@ -55,5 +62,12 @@ $(ORACLE)/.installed: oracle/constraints.txt
 	$(ORACLE)/bin/python -m pip install --quiet transformer-lens -c oracle/constraints.txt
 	touch $@
 
+$(NNSIGHT)/.installed: benchmarks/rivals/constraints.txt
+	$(PYTHON) -m venv $(NNSIGHT)
+	$(NNSIGHT)/bin/python -m pip install --quiet --upgrade -c benchmarks/rivals/constraints.txt pip
+	$(NNSIGHT)/bin/python -m pip install --quiet torch -c benchmarks/rivals/constraints.txt
+	$(NNSIGHT)/bin/python -m pip install --quiet nnsight -c benchmarks/rivals/constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ORACLE) dist build runs
+	rm -rf $(VENV) $(ORACLE) $(NNSIGHT) dist build runs
