@@ -49,9 +49,9 @@ def main() -> None:
     whole = len(task.strengths) * tokens * subject.n_layers
     about: About = {
         "by": f"qklens {version('qklens')}",
-        "note": f"{work.token_layers} tokens x layers, {work.columns_run} columns; whole prompts each time: {whole}",
-        "token_layers": work.token_layers,
-        "columns_run": work.columns_run,
+        "note": f"{work.ran.column_layers} tokens x layers, {work.ran.columns} columns; whole prompts each time: {whole}",
+        "token_layers": work.ran.column_layers,
+        "columns_run": work.ran.columns,
     }
     Answer(seconds, letters(subject, task).tolist(), margins.tolist(), about).save(path)
 

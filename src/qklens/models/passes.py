@@ -16,9 +16,10 @@ from torch import Tensor
 
 from qklens.errors import QklensError
 from qklens.models.batch import Batch
-from qklens.models.copies import Reads, RunningPass
+from qklens.models.copies import Reads
 from qklens.models.edits import Edit
 from qklens.models.kept import Beginning, FixedCache, Prefix
+from qklens.models.running import RunningPass
 from qklens.models.subject import Subject
 
 NO_READS = Reads({}, {})
