@@ -8,6 +8,7 @@ import torch
 from qklens.data.render import LetterForm, render
 from qklens.dictionaries.directions import Directions
 from qklens.errors import QklensError
+from qklens.interventions import engine
 from qklens.interventions.direction import Direction, at_equal_norm, feature_direction, random_direction
 from qklens.interventions.engine import Workset
 from qklens.interventions.patch import HeadAblation, PatternPatch, ScoreShift, align_rows
@@ -83,6 +84,39 @@ def test_an_edit_at_the_answer_runs_one_token_a_prompt(tiny_llama, prompts):
     before = work.ran.columns
     work.logits([Steer(direction(subject), 1.0, side="query", layers=(1,), tokens=("answer",))])
     assert work.ran.columns - before == len(prompts)
+
+
+def test_layers_below_the_first_edit_are_not_run(tiny_llama, prompts):
+    subject = tiny_llama()
+    work = Workset(subject, prompts)
+    work.logits()
+    before = work.ran.column_layers
+    steers = [Steer(direction(subject), s, side="query", layers=(2,), tokens=("answer",)) for s in (1.0, 2.0)]
+    work.margins_each(steers)
+    assert work.ran.column_layers - before == 2 * len(prompts)  # the last of three layers
+
+
+def test_a_large_set_keeps_nothing_between_sweeps_and_gives_the_same(tiny_llama, prompts, monkeypatch):
+    subject = tiny_llama()
+    steers = [Steer(direction(subject), s, side="query", layers=(2,), tokens=("answer",)) for s in (1.0, 2.0)]
+    kept = Workset(subject, prompts).margins_each(steers)
+    monkeypatch.setattr(engine, "CACHE_BYTES", 0)
+    work = Workset(subject, prompts)
+    assert torch.equal(work.margins_each(steers), kept)
+    assert all(chunk.clean is None for chunk in work.chunks)
+
+
+def test_the_prefix_is_clean_whatever_was_asked_first(tiny_llama, prompts):
+    """A hook at position −1 that is left on while a cache fills edits the prefix, silently."""
+    subject = tiny_llama()
+    steer = Steer(direction(subject), 3.0, layers=(0,), tokens=("answer",))
+    work, fresh = Workset(subject, prompts), Workset(subject, prompts)
+    work.margins_each([steer])
+    for used, clean in zip(work.chunks, fresh.chunks, strict=True):
+        wanted = fresh._run_clean(clean).prefix.pairs
+        assert used.clean is not None
+        for pair, expected in zip(used.clean.prefix.pairs, wanted, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(pair, expected, strict=True))
 
 
 def test_strength_zero_is_clean_bit_for_bit(tiny_llama, prompts):
