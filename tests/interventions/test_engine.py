@@ -125,6 +125,10 @@ def test_strength_zero_is_clean_bit_for_bit(tiny_llama, prompts):
     for mode, strength in (("add", 0.0), ("scale", 1.0)):
         steer = Steer(direction(subject), strength, mode=mode, layers=(1,))
         assert torch.equal(Workset(subject, prompts).logits([steer]), clean)
+        work = Workset(subject, prompts)
+        swept = work.sweep([steer, Steer(direction(subject), 1.0, layers=(1,))], [(1, 0)])
+        assert torch.equal(swept.margins[0], work.margins())
+        assert not torch.equal(swept.margins[1], work.margins())
 
 
 def test_query_add_has_its_closed_form(tiny_llama, harm):

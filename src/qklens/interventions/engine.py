@@ -28,7 +28,7 @@ from qklens.models.subject import Subject
 
 TOKENS_PER_BATCH = 4096
 CACHE_BYTES = 1 << 30
-COPIED_COLUMNS = 256
+COPIED_COLUMNS = 64
 """Columns of all copies of one prompt together: a copy's scores against the others are made and thrown away."""
 
 
@@ -253,7 +253,7 @@ class Workset:
         measure: Callable[[_Chunk, Tensor], Tensor],
         width: int,
     ) -> _Result:
-        """Run every point over every chunk; a point that changes nothing runs too, and gives what a clean run gives."""
+        """Run every point over every chunk."""
         shape = len(groups), len(self)
         changed = [[is_identity(i) for i in group] for group in groups]
         result = _Result(wanted, heads, measure, torch.empty(*shape, width), torch.empty(*shape, len(heads)), changed)
@@ -262,11 +262,16 @@ class Workset:
                 plan(self.subject, chunk.prompts, chunk.batch, chunk.index, place, group)
                 for place, group in enumerate(groups)
             ]
+            active = [point for point in planned if point.edits or heads]
             if self.reuse:
-                self._run_shared(chunk, planned, result)
+                self._run_shared(chunk, active, result)
             else:
-                for point in planned:
+                for point in active:
                     self._run_plain(chunk, point, result)
+            for point in planned:
+                if not point.edits:  # bit for bit what a clean run gives
+                    logits = self._clean_logits()[list(chunk.index)]
+                    self._take(chunk, point, logits if wanted is None else logits[:, list(wanted)], (), result)
         return result
 
     def _run_shared(self, chunk: _Chunk, planned: Sequence[Planned], result: _Result) -> None:

@@ -25,15 +25,16 @@ def choose_heads(lab: Lab) -> tuple[list[Head], list[Head], list[float]]:
     harm, clean = lab.work("harm", "discovery"), calm.margins
     harmed = harm.margins()
 
-    def restored(some: Sequence[Head]) -> float:
-        return restored_share(harm.margins([PatternPatch({h: patch.rows[h] for h in some})]), harmed, clean)
+    def restored(sets: Sequence[Sequence[Head]]) -> list[float]:
+        patches = [PatternPatch({h: patch.rows[h] for h in some}) for some in sets]
+        return [restored_share(m, harmed, clean) for m in harm.margins_each(patches, idle_ok=True)]
 
     ranked = candidates
     low, _ = bootstrap_mean(item_means((clean - harmed).double().numpy()), lab.seed)
     if low > 0:  # without a loss there is nothing to restore, and the ranking by attention and letter stands
-        alone = {h: restored([h]) for h in candidates}
+        alone = dict(zip(candidates, restored([[h] for h in candidates]), strict=True))
         ranked = sorted(candidates, key=lambda h: -alone[h])
-    curve = [restored(some) for some in first_heads(ranked)]
+    curve = restored(first_heads(ranked))
     return ranked[: fewest(curve)], ranked, curve
 
 

@@ -217,14 +217,8 @@ def _causal_choice(lab: Lab, heads: Sequence[Head], finalists: Sequence[int]) ->
         direction = role_direction(lab, feature, "refuse_redirect")
         if any(layer not in direction.layers for layer, _ in heads) or max(direction.typical.values()) == 0:
             return float("-inf")
-        return max(
-            float(
-                lab.work("harm", "discovery")
-                .margins([Steer(direction, s, side="query", heads=tuple(heads), tokens=("answer",))])
-                .clamp(min=-full, max=full)
-                .mean()
-            )
-            for s in _TRIALS
-        )
+        steers = [Steer(direction, s, side="query", heads=tuple(heads), tokens=("answer",)) for s in _TRIALS]
+        margins = lab.work("harm", "discovery").margins_each(steers).clamp(min=-full, max=full)
+        return float(margins.mean(dim=1).max())
 
     return max(finalists, key=best_margin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from qklens.analyses.attended import attended_tokens, place_mass
@@ -15,6 +16,7 @@ from qklens.analyses.heads import (
 from qklens.analyses.readings import SPANS, read_patterns
 from qklens.analyses.statistics import bootstrap_mean, bootstrap_ratio, item_means, wilson
 from qklens.data.render import CONDITIONS, Condition, Prompt
+from qklens.interventions.patch import PatternPatch
 from qklens.interventions.steer import Head
 from qklens.studies.choices import choose_heads, clean_patch
 from qklens.studies.journal import StageOutput
@@ -31,22 +33,37 @@ def run(lab: Lab) -> StageOutput:
     selected, ranked, curve = choose_heads(lab)
     details = _joint(lab, selected, curve)
     patterns = {c: read_patterns(lab.work(c, "report"), ranked) for c in CONDITIONS}
-    rows = [_row(lab, head, {c: patterns[c][head] for c in CONDITIONS}, selected=head in selected) for head in ranked]
+    whole = clean_patch(lab, "report", ranked)
+    patches = [PatternPatch({head: whole.rows[head]}) for head in ranked]
+    ablations = [mean_ablation(lab.attention("none", "discovery"), head) for head in ranked]
+    patched = lab.work("harm", "report").margins_each(patches, idle_ok=True)
+    ablated = lab.work("none", "report").margins_each(ablations, idle_ok=True)
+    rows = [
+        _row(lab, head, {c: patterns[c][head] for c in CONDITIONS}, one, without, selected=head in selected)
+        for head, one, without in zip(ranked, patched, ablated, strict=True)
+    ]
     return StageOutput(
         results={"heads": [row.model_dump() for row in rows], "heads_details": details.model_dump()},
         state={"selected": [list(head) for head in selected], "ranked": [list(head) for head in ranked]},
     )
 
 
-def _row(lab: Lab, head: Head, patterns: dict[Condition, list[Tensor]], *, selected: bool) -> HeadRow:
+def _row(
+    lab: Lab,
+    head: Head,
+    patterns: dict[Condition, list[Tensor]],
+    patched: Float[Tensor, " prompt"],
+    ablated: Float[Tensor, " prompt"],
+    *,
+    selected: bool,
+) -> HeadRow:
+    """A head's row; `patched` are the margins under harm with its clean pattern, `ablated` those without it."""
     layer, h = head
     prompts: dict[Condition, list[Prompt]] = {c: lab.prompts(c, "report") for c in CONDITIONS}
     tokenizer = lab.subject.tokenizer
     readings = {c: lab.attention(c, "report") for c in CONDITIONS}
     none, harm = readings["none"], readings["harm"]
     difference = {c: readings[c].difference[:, layer, h] for c in CONDITIONS}
-    patched = lab.work("harm", "report").margins([clean_patch(lab, "report", [head])])
-    ablated = lab.work("none", "report").margins([mean_ablation(lab.attention("none", "discovery"), head)])
     by_item = {c: item_means(difference[c].double().numpy()) for c in CONDITIONS}
     change = {c: by_item[c] - by_item["none"] for c in PRESSED}
     return HeadRow(
@@ -77,14 +94,17 @@ def _joint(lab: Lab, selected: list[Head], curve: list[float]) -> HeadsDetails:
     subject = lab.subject
     harm = lab.work("harm", "report")
     clean, harmed = lab.attention("none", "report").margins, lab.attention("harm", "report").margins
-    patched = harm.margins([clean_patch(lab, "report", selected)])
     every = [(layer, head) for layer in range(subject.n_layers) for head in range(subject.n_heads)]
     others = [head for head in every if head not in selected]
     generator = torch.Generator().manual_seed(lab.seed)
-    at_random = []
-    for _ in range(N_RANDOM_HEADS if others else 0):
-        drawn = [others[i] for i in torch.randperm(len(others), generator=generator)[: len(selected)].tolist()]
-        at_random.append(restored_share(harm.margins([clean_patch(lab, "report", drawn)]), harmed, clean))
+    drawn = [
+        [others[i] for i in torch.randperm(len(others), generator=generator)[: len(selected)].tolist()]
+        for _ in range(N_RANDOM_HEADS if others else 0)
+    ]
+    whole = clean_patch(lab, "report", every)
+    patches = [PatternPatch({h: whole.rows[h] for h in some}) for some in (selected, every, *drawn)]
+    patched, all_patched, *at_random = harm.margins_each(patches, idle_ok=True)
+    shares = [restored_share(margins, harmed, clean) for margins in at_random]
     right = int((patched > 0).sum())
     return HeadsDetails(
         selected=selected,
@@ -99,7 +119,7 @@ def _joint(lab: Lab, selected: list[Head], curve: list[float]) -> HeadsDetails:
         patched_margin=float(patched.mean()),
         harm_margin=float(harmed.mean()),
         none_margin=float(clean.mean()),
-        restored_random_heads=sum(at_random) / max(len(at_random), 1),
-        all_heads_restored=restored_share(harm.margins([clean_patch(lab, "report", every)]), harmed, clean),
+        restored_random_heads=sum(shares) / max(len(shares), 1),
+        all_heads_restored=restored_share(all_patched, harmed, clean),
         discovery_curve=curve,
     )

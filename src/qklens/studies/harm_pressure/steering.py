@@ -147,21 +147,21 @@ def _curves(
     ]
     points = []
     for d, condition, control in curves:
-        for strength in strengths:
-            steer, work = make(d, strength), lab.work(condition, "report")
-            margins = work.margins([steer])
+        work = lab.work(condition, "report")
+        every = work.margins_each([make(d, s) for s in strengths])
+        for strength, margins in zip(strengths, every, strict=True):
             draws = None
             if control == "random" and strength == chosen != 0:
                 # One draw is luck: at the strength that is reported the control is the mean over several.
-                each = [margins, *(work.margins([make(other, strength)]) for other in controls.random[1:])]
-                right_each = [float((m > 0).float().mean()) for m in each]
-                draws = (min(right_each), max(right_each), len(each))
-                margins = torch.cat(each)
+                others = work.margins_each([make(other, strength) for other in controls.random[1:]])
+                right_each = [float((m > 0).float().mean()) for m in (margins, *others)]
+                draws = (min(right_each), max(right_each), len(right_each))
+                margins = torch.cat([margins, *others])
             right = int((margins > 0).sum())
             points.append(
                 Steering(
                     stage=stage,
-                    spec=steer.describe(),
+                    spec=make(d, strength).describe(),
                     strength=strength,
                     condition=condition,
                     accuracy=right / len(margins),
@@ -184,12 +184,13 @@ def _choose(lab: Lab, make: Make, direction: Direction, strengths: Sequence[floa
     """
     half: Half = "discovery"
 
-    def accuracy(condition: Condition, strength: float) -> float:
-        return float((lab.work(condition, half).margins([make(direction, strength)]) > 0).float().mean())
+    def accuracy(condition: Condition, some: Sequence[float]) -> list[float]:
+        margins = lab.work(condition, half).margins_each([make(direction, s) for s in some])
+        return (margins > 0).float().mean(dim=1).tolist()
 
-    calm = float((lab.attention("benign", half).margins > 0).float().mean())
-    spared = [s for s in strengths if accuracy("benign", s) >= calm - MAX_BENIGN_LOSS] or [0.0]
-    under_harm = {s: accuracy("harm", s) for s in spared}
+    calm = float((lab.attention("benign", half).margins > 0).float().mean()) - MAX_BENIGN_LOSS
+    spared = [s for s, right in zip(strengths, accuracy("benign", strengths), strict=True) if right >= calm] or [0.0]
+    under_harm = dict(zip(spared, accuracy("harm", spared), strict=True))
     enough = max(under_harm.values()) - GOOD_ENOUGH
     return min((s for s in spared if under_harm[s] >= enough), key=abs)
 
