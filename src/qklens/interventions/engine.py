@@ -68,11 +68,11 @@ class Ran:
 
 @dataclass(eq=False)
 class _Result:
-    """A table that is filled batch by batch: what a measure makes of a batch's logits and attention."""
+    """A table that is filled batch by batch: what a measure makes of a batch's logits and of its clean ones."""
 
     wanted: Sequence[int] | None
     heads: tuple[Head, ...]
-    measure: Callable[[_Chunk, Tensor], Tensor]
+    measure: Callable[[_Chunk, Tensor, Tensor], Tensor]
     values: Tensor
     attention: Tensor
     changed: list[list[bool]] = field(default_factory=list)
@@ -134,9 +134,10 @@ class Workset:
         if reads is None and not active:
             return self._clean_logits()
         if reads is None and self.reuse:
-            rows = self._each([active], None, (), lambda _, logits: logits.cpu(), self._clean_logits().shape[1])
+            vocabulary = self._clean_logits().shape[1]
+            rows = self._each([active], None, (), lambda chunk, logits, clean: logits, vocabulary)
             self._refuse_idle([active], rows.changed)
-            return rows.values[0].to(self._clean_logits().device)
+            return rows.values[0].to(self.subject.device)
         results: list[Tensor] = [torch.empty(0)] * len(self)
         changed = [False] * len(active)
         for chunk in self.chunks:
@@ -187,7 +188,7 @@ class Workset:
         groups = [several(point) for point in points]
         letters = sorted({i for p in self.prompts for i in p.letter_ids})
 
-        def measure(chunk: _Chunk, logits: Tensor) -> Tensor:
+        def measure(chunk: _Chunk, logits: Tensor, _: Tensor) -> Tensor:
             at = torch.tensor([[letters.index(i) for i in p.letter_ids] for p in chunk.prompts])
             pair = logits.float().cpu().gather(1, at)
             return (pair[:, 0] - pair[:, 1])[:, None]
@@ -207,10 +208,10 @@ class Workset:
         Raises:
             NothingChangedError: an intervention changed no value in any batch.
         """
-        groups, clean = [several(point) for point in points], self._clean_logits()
+        groups = [several(point) for point in points]
 
-        def measure(chunk: _Chunk, logits: Tensor) -> Tensor:
-            was = clean[list(chunk.index)].double().log_softmax(dim=-1)
+        def measure(_: _Chunk, logits: Tensor, clean: Tensor) -> Tensor:
+            was = clean.double().log_softmax(dim=-1)
             now = logits.to(was.device).double().log_softmax(dim=-1)
             return (was.exp() * (was - now)).sum(dim=-1, keepdim=True).clamp(min=0).cpu()
 
@@ -250,7 +251,7 @@ class Workset:
         groups: Sequence[Sequence[Intervention]],
         wanted: Sequence[int] | None,
         heads: tuple[Head, ...],
-        measure: Callable[[_Chunk, Tensor], Tensor],
+        measure: Callable[[_Chunk, Tensor, Tensor], Tensor],
         width: int,
     ) -> _Result:
         """Run every point over every chunk."""
@@ -263,20 +264,21 @@ class Workset:
                 for place, group in enumerate(groups)
             ]
             active = [point for point in planned if point.edits or heads]
+            clean = self._run_clean(chunk)
             if self.reuse:
-                self._run_shared(chunk, active, result)
+                self._run_shared(chunk, clean, active, result)
             else:
                 for point in active:
-                    self._run_plain(chunk, point, result)
+                    self._run_plain(chunk, clean, point, result)
             for point in planned:
                 if not point.edits:  # bit for bit what a clean run gives
-                    logits = self._clean_logits()[list(chunk.index)]
-                    self._take(chunk, point, logits if wanted is None else logits[:, list(wanted)], (), result)
+                    logits = clean.logits if wanted is None else clean.logits[:, list(wanted)]
+                    self._take(chunk, clean, point, logits, (), result)
         return result
 
-    def _run_shared(self, chunk: _Chunk, planned: Sequence[Planned], result: _Result) -> None:
+    def _run_shared(self, chunk: _Chunk, clean: Clean, planned: Sequence[Planned], result: _Result) -> None:
         """Points that begin at the same column share passes; those of near layers come together."""
-        clean, n = self._run_clean(chunk), len(chunk.index)
+        n = len(chunk.index)
         lowest_read = min((layer for layer, _ in result.heads), default=self.subject.n_layers)
         for start in sorted({p.start for p in planned}):
             some = sorted((p for p in planned if p.start == start), key=lambda p: p.layer)
@@ -294,18 +296,20 @@ class Workset:
                 )
                 self.ran.add(copies.number * own * n, self.subject.n_layers - layer)
                 for point, out in zip(points, outcomes, strict=True):
-                    self._take(chunk, point, out.logits, out.changed, result)
+                    self._take(chunk, clean, point, out.logits, out.changed, result)
 
-    def _run_plain(self, chunk: _Chunk, point: Planned, result: _Result) -> None:
+    def _run_plain(self, chunk: _Chunk, clean: Clean, point: Planned, result: _Result) -> None:
         """Whole prompts, one point, all letters of the alphabet."""
         _, reads = self._attention_reads(chunk, [point.place], 0, result)
         out = run_pass(self.subject, chunk.batch, point.edits, reads)
         self.ran.add(chunk.batch.width * len(chunk.index), self.subject.n_layers)
         logits = out.logits if result.wanted is None else out.logits[:, list(result.wanted)]
-        self._take(chunk, point, logits, out.changed, result)
+        self._take(chunk, clean, point, logits, out.changed, result)
 
-    def _take(self, chunk: _Chunk, point: Planned, logits: Tensor, flags: tuple[bool, ...], result: _Result) -> None:
-        result.values[point.place, list(chunk.index)] = result.measure(chunk, logits).to(result.values)
+    def _take(
+        self, chunk: _Chunk, clean: Clean, point: Planned, logits: Tensor, flags: tuple[bool, ...], result: _Result
+    ) -> None:
+        result.values[point.place, list(chunk.index)] = result.measure(chunk, logits, clean.logits).to(result.values)
         was = result.changed[point.place]
         result.changed[point.place] = [c or f for c, f in zip(was, any_of(point.groups, flags), strict=True)]
 
