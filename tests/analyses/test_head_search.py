@@ -46,8 +46,9 @@ def test_the_two_planted_heads_are_the_smallest_set(bench, method):
     assert found.smallest == (FIRST, SECOND)
     assert found.order[:2] == (FIRST, SECOND)
     assert found.shares[1] == pytest.approx(1, abs=0.02)
-    assert found.together == pytest.approx(found.shares[1], abs=1e-4)
+    assert found.shares[-1] == pytest.approx(found.shares[1], abs=1e-4)
     assert len(found.order) == (2 if method == "greedy" else len(CANDIDATES))
+    assert set(found.sets[-1]) == set(CANDIDATES)
     assert found.describe()["smallest"] == (FIRST, SECOND)
 
 
@@ -132,6 +133,13 @@ def test_an_edit_that_changes_nothing_anywhere_is_an_error(bench):
             find_fewest(idle, CANDIDATES, method)
 
 
+def test_large_sets_grow_by_half():
+    order = [(0, head) for head in range(40)]
+    assert [len(some) for some in nested(order)] == [*range(1, 13), 18, 27, 40]
+    assert nested(order[:3]) == [((0, 0),), ((0, 0), (0, 1)), ((0, 0), (0, 1), (0, 2))]
+    assert nested([]) == []
+
+
 class Toy(Restoration):
     """What sets of heads gain, by rule; half of what is lost is 1."""
 
@@ -159,4 +167,5 @@ class Toy(Restoration):
 def test_when_a_greedy_search_ends_and_what_it_calls_smallest(rule, order, smallest):
     found = find_fewest(Toy(rule), [(0, head) for head in range(4)], "greedy")
     assert (found.order, found.smallest) == (order, smallest)
-    assert np.isfinite([*found.shares, found.together]).all()
+    assert len(found.sets) == len(found.shares)
+    assert np.isfinite(found.shares).all()

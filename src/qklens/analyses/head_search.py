@@ -30,7 +30,7 @@ from qklens.interventions.steer import Head
 
 Method = Literal["greedy", "attribution"]
 Make = Callable[[Sequence[Head]], Intervention]
-ENOUGH = 0.9
+ENOUGH, EACH = 0.9, 12
 LEAST = 0.01
 """A head that adds less than this share of what was lost adds nothing."""
 
@@ -81,16 +81,15 @@ class HeadSearch:
     Attributes:
         method: `greedy` or `attribution`.
         order: heads as they were taken.
-        shares: what the first one, two, ... of them restore.
-        together: what all candidates restore.
-        smallest: the first of them that restore 90% of the best of all that; all candidates where no fewer do, and none
-            where nothing restores anything.
+        sets: the first one, two, ... of them; last, all candidates.
+        shares: what each set restores.
+        smallest: the first set that restores 90% of what the best one does; no heads where none restores anything.
     """
 
     method: Method
     order: tuple[Head, ...]
+    sets: tuple[tuple[Head, ...], ...]
     shares: tuple[float, ...]
-    together: float
     smallest: tuple[Head, ...]
 
     def describe(self) -> dict[str, Any]:
@@ -136,30 +135,37 @@ def find_fewest(
     Raises:
         NothingChangedError: editing all candidates together changes no value.
     """
-    lost = float(bench.lost.mean())
-    together = float(bench.gains([candidates], idle_ok=False).mean())
+    lost, every = float(bench.lost.mean()), tuple(candidates)
+    least = LEAST * abs(lost)
+    together = float(bench.gains([every], idle_ok=False).mean())
     step()
     if method == "greedy":
-        order, gains = _greedy(bench, candidates, LEAST * abs(lost), step)
+        order, gains = _greedy(bench, every, least, step)
+        sets = [tuple(order[:k]) for k in range(1, len(order) + 1)]
     else:
-        order = _by_attribution(bench, candidates)
-        gains = bench.gains(nested(order)).mean(dim=1).tolist()
+        order = _by_attribution(bench, every)
+        sets = nested(order)[:-1]
+        gains = bench.gains(sets).mean(dim=1).tolist() if sets else []
         step()
-    best = max([together, *gains])
-    enough = [k for k, gain in enumerate(gains, start=1) if gain >= ENOUGH * best]
-    smallest = tuple(order[: enough[0]]) if enough else tuple(candidates)
+    if not sets or len(sets[-1]) < len(every):
+        sets, gains = [*sets, every], [*gains, together]
+    best = max(gains)
+    enough = (some for some, gain in zip(sets, gains, strict=True) if gain >= ENOUGH * best)
     return HeadSearch(
         method,
         tuple(order),
+        tuple(sets),
         tuple(gain / lost for gain in gains),
-        together / lost,
-        smallest if best > LEAST * abs(lost) else (),
+        next(enough) if best > least else (),
     )
 
 
 def nested(order: Sequence[Head]) -> list[tuple[Head, ...]]:
-    """The first one, two, ... heads."""
-    return [tuple(order[:k]) for k in range(1, len(order) + 1)]
+    """The first one, two, ... heads; from twelve on each set half as large again as the one before, and last all."""
+    sizes = [*range(1, min(len(order), EACH) + 1)]
+    while sizes and sizes[-1] < len(order):
+        sizes.append(min(len(order), sizes[-1] * 3 // 2))
+    return [tuple(order[:k]) for k in sizes]
 
 
 def restoration_curve(bench: Restoration, sets: Sequence[Sequence[Head]], seed: int) -> list[Restored]:

@@ -51,7 +51,7 @@ def head_sets(table: HeadSetTable) -> None:
 
 
 def _row(table: HeadSetTable, row: HeadSet) -> tuple[str, ...]:
-    every = len(row.heads) == len(table.steering["heads"]) > len(table.order)
+    every = len(row.heads) == len(table.steering["heads"])
     mark = " *" if row.heads == table.smallest else ""
     return (
         f"{len(row.heads)}{mark}",
@@ -81,8 +81,8 @@ def _named(heads: Sequence[tuple[int, int]]) -> str:
 
 
 def _percent(value: float | None, sign: str = "") -> str:
-    return MISSING if value is None else f"{100 * value:{sign}.0f}%"
+    return MISSING if value is None else f"{round(100 * value):{sign}d}%"
 
 
 def _range(ends: tuple[float, float] | None) -> str:
-    return MISSING if ends is None else f"[{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]"
+    return MISSING if ends is None else f"[{round(100 * ends[0])}, {round(100 * ends[1])}]"

@@ -19,7 +19,6 @@ from qklens.analyses.head_search import (
     Restoration,
     Restored,
     find_fewest,
-    nested,
     restoration_curve,
     share_of,
 )
@@ -36,9 +35,10 @@ N_DRAWS = 10
 
 
 class HeadSet(Strict):
-    """One set of heads, on the report half."""
+    """One set of heads; every number but one is of the report half."""
 
     heads: list[Head]
+    discovery_share: float = Field(description="the share on the half that chose the heads and their order")
     margin: float = Field(description="mean under harm with these heads steered, in logits")
     accuracy: float
     accuracy_ci: Interval = Field(description="Wilson")
@@ -79,12 +79,10 @@ class HeadSetTable(Strict):
     margin: dict[Condition, float] = Field(description="report half, nothing steered")
     accuracy: dict[Condition, float]
     order: list[Head] = Field(description="candidates as they were taken, discovery half")
-    discovery_shares: list[float] = Field(description="what the first one, two, ... of them restore there")
-    discovery_together: float = Field(description="what all candidates restore there")
     smallest: list[Head] = Field(
         description="the fewest that restore 90% of the best there; empty where nothing restores anything"
     )
-    sets: list[HeadSet] = Field(description="the first one, two, ... of the order, then all candidates")
+    sets: list[HeadSet] = Field(description="the first one, two, ... of the order; last, all candidates")
     beside: list[Beside] = Field(description="controls of the smallest set, report half")
 
 
@@ -124,10 +122,7 @@ def head_set_table(
         )
     step = tick(len(candidates) + 2 if method == "greedy" else 3)
     found = find_fewest(benches["discovery"], candidates, method, step)
-    sets = nested(found.order)
-    if not sets or set(sets[-1]) != set(candidates):
-        sets.append(tuple(candidates))
-    rows = restoration_curve(benches["report"], sets, lab.seed)
+    rows = restoration_curve(benches["report"], found.sets, lab.seed)
     step()
     return HeadSetTable(
         model=lab.subject.describe(),
@@ -138,10 +133,8 @@ def head_set_table(
         margin={c: float(lab.work(c, "report").margins().mean()) for c in CONDITIONS},
         accuracy={c: _accuracy(lab.work(c, "report").margins()) for c in CONDITIONS},
         order=list(found.order),
-        discovery_shares=list(found.shares),
-        discovery_together=found.together,
         smallest=list(found.smallest),
-        sets=[_head_set(row) for row in rows],
+        sets=[_head_set(row, share) for row, share in zip(rows, found.shares, strict=True)],
         beside=_beside(lab, steer, benches["report"], found.smallest, unrelated, draws) if found.smallest else [],
     )
 
@@ -223,8 +216,8 @@ def _other_sets(lab: Lab, steer: Steer, heads: Sequence[Head], draws: int) -> li
     ]
 
 
-def _head_set(row: Restored) -> HeadSet:
-    return HeadSet(**{**row.as_row(), "heads": list(row.heads)})
+def _head_set(row: Restored, discovery_share: float) -> HeadSet:
+    return HeadSet(**{**row.as_row(), "heads": list(row.heads), "discovery_share": discovery_share})
 
 
 def _accuracy(margins: Tensor) -> float:
