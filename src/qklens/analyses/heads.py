@@ -64,7 +64,7 @@ def clean_pattern_patch(
 
 def mean_ablation(reading: AttentionReading, head: Head) -> HeadAblation:
     """Ablate a head by its mean output over the reading's prompts (both orders, so the letter averages out)."""
-    return HeadAblation({head: reading.outputs[:, head[0], head[1]].mean(dim=0)})
+    return HeadAblation.mean(reading.outputs, [head])
 
 
 def restored_share(patched: Tensor, harmed: Tensor, clean: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qklens.data.render import PARTS, Part
 from qklens.interventions.engine import Workset, letter_margins
+from qklens.interventions.points import Intervention
 from qklens.interventions.steer import Head
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import Batch
@@ -37,6 +38,7 @@ class AttentionReading:
         letter_logit: direct logit attribution of each head to the margin, through W_O and the final norm at its
             observed scale.
         outputs: head outputs before W_O.
+        final: the stream before the final norm.
     """
 
     margins: Float[Tensor, " prompt"]
@@ -46,6 +48,7 @@ class AttentionReading:
     score_difference: Float[Tensor, "prompt layer head part"]
     letter_logit: Float[Tensor, "prompt layer head"]
     outputs: Float[Tensor, "prompt layer head d_head"]
+    final: Float[Tensor, "prompt d_model"]
 
     @property
     def difference(self) -> Float[Tensor, "prompt layer head"]:
@@ -53,8 +56,12 @@ class AttentionReading:
         return self.mass[..., 0] - self.mass[..., 1]
 
 
-def read_attention(work: Workset) -> AttentionReading:
-    """One pass over a workset that reads every head at the answer position."""
+def read_attention(work: Workset, interventions: Sequence[Intervention] = ()) -> AttentionReading:
+    """One pass over a workset, under interventions if any, that reads every head at the answer position.
+
+    Raises:
+        NothingChangedError: an intervention changed no value.
+    """
     subject, n = work.subject, len(work)
     mass = torch.zeros(n, subject.n_layers, subject.n_heads, len(SPANS))
     by_part = torch.zeros(2, n, subject.n_layers, subject.n_heads, len(OPTION_PARTS))
@@ -82,15 +89,16 @@ def read_attention(work: Workset) -> AttentionReading:
 
         return Reads({subject.n_layers: stream}, dict.fromkeys(range(subject.n_layers), attention))
 
-    logits = work.logits(reads=reads).float().cpu()
+    logits = work.logits(interventions, reads=reads).float().cpu()
     return AttentionReading(
         margins=letter_margins(logits, work.prompts),
         logits=logits,
         mass=mass,
         part_difference=by_part[0],
         score_difference=by_part[1],
-        letter_logit=_letter_attribution(work, outputs, final),
+        letter_logit=letter_attribution(work, outputs, outputs, final),
         outputs=outputs,
+        final=final,
     )
 
 
@@ -132,6 +140,41 @@ def read_streams(work: Workset, layers: Sequence[int]) -> list[dict[int, Float[T
     return streams
 
 
+def letter_attribution(
+    work: Workset,
+    parts: Float[Tensor, "prompt layer head d_head"],
+    outputs: Float[Tensor, "prompt layer head d_head"],
+    final: Float[Tensor, "prompt d_model"],
+) -> Float[Tensor, "prompt layer head"]:
+    """⟨γ/σ C W_O z_h, U[correct] − U[incorrect]⟩ with the final norm's σ at its observed value; linear in z.
+
+    Where the attention's output has a norm of its own, that norm is held at its observed scale too. A cap on the
+    logits comes after, and is not part of it.
+
+    Args:
+        work: the prompts.
+        parts: z, the heads' outputs before W_O, or a change of them.
+        outputs: the outputs at which the norms are observed.
+        final: the stream before the final norm, likewise.
+    """
+    subject: Subject = work.subject
+    norm = subject.final_norm(torch.float32)
+    unembedding: Tensor = subject.unembedding.weight  # pyright: ignore[reportAssignmentType]
+    ids = torch.tensor([p.letter_ids for p in work.prompts], device=unembedding.device)
+    toward = norm.fold((unembedding[ids[:, 0]] - unembedding[ids[:, 1]]).float()).cpu()
+    toward = toward / norm.scale(final.to(unembedding.device)).cpu()[:, None]
+    result = torch.zeros(parts.shape[:3])
+    for layer in range(subject.n_layers):
+        weight = subject.output_weight(layer).float()
+        after = subject.output_norm(layer, torch.float32)
+        heads = outputs[:, layer].to(weight)
+        whole, bias = torch.einsum("dhe,phe->pd", weight, heads), subject.output_bias(layer)
+        whole = whole if bias is None else whole + bias.float()
+        here = after.fold(toward.to(weight)) / after.scale(whole)[:, None]
+        result[:, layer] = torch.einsum("pd,dhe,phe->ph", here, weight, parts[:, layer].to(weight)).cpu()
+    return result
+
+
 def _span_indicator(work: Workset, index: Sequence[int], batch: Batch) -> Float[Tensor, "batch span k_pos"]:
     indicator = torch.zeros(len(index), len(SPANS), batch.width)
     for row, i in enumerate(index):
@@ -169,29 +212,3 @@ def _option_differences(
     attention, score = mass[:, 0] - mass[:, 1], hidden[:, 0] - hidden[:, 1]
     nothing = float("nan")
     return attention.masked_fill(absent, nothing), score.masked_fill(absent | ~score.isfinite(), nothing)
-
-
-def _letter_attribution(
-    work: Workset, outputs: Float[Tensor, "prompt layer head d_head"], final: Float[Tensor, "prompt d_model"]
-) -> Float[Tensor, "prompt layer head"]:
-    """⟨γ/σ C W_O z_h, U[correct] − U[incorrect]⟩ with the final norm's σ at its observed value.
-
-    Where the attention's output has a norm of its own, that norm is held at its observed scale too. A cap on the
-    logits comes after, and is not part of it.
-    """
-    subject: Subject = work.subject
-    norm = subject.final_norm(torch.float32)
-    unembedding: Tensor = subject.unembedding.weight  # pyright: ignore[reportAssignmentType]
-    ids = torch.tensor([p.letter_ids for p in work.prompts], device=unembedding.device)
-    toward = norm.fold((unembedding[ids[:, 0]] - unembedding[ids[:, 1]]).float()).cpu()
-    toward = toward / norm.scale(final.to(unembedding.device)).cpu()[:, None]
-    result = torch.zeros(outputs.shape[:3])
-    for layer in range(subject.n_layers):
-        weight = subject.output_weight(layer).float()
-        after = subject.output_norm(layer, torch.float32)
-        heads = outputs[:, layer].to(weight)
-        whole, bias = torch.einsum("dhe,phe->pd", weight, heads), subject.output_bias(layer)
-        whole = whole if bias is None else whole + bias.float()
-        here = after.fold(toward.to(weight)) / after.scale(whole)[:, None]
-        result[:, layer] = torch.einsum("pd,dhe,phe->ph", here, weight, heads).cpu()
-    return result

@@ -1,4 +1,4 @@
-"""Patching as values: pattern rows from another prompt, ablated head outputs, and terms taken out of a score.
+"""Patching as values: pattern rows given or held, ablated head outputs, and terms taken out of a score.
 
 All act at the answer position (the last column), which is where answer-selection heads do their work.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from qklens.data.render import Prompt
 from qklens.errors import QklensError
@@ -49,29 +51,68 @@ class PatternPatch:
 
 @dataclass(frozen=True, eq=False)
 class HeadAblation:
-    """Replace heads' outputs at the answer position by a fixed vector (their mean over prompts, or zero).
+    """Replace heads' outputs at the answer position.
 
     Attributes:
-        outputs: per (layer, head), the vector that stands in, before W_O.
+        outputs: per (layer, head), what stands in before W_O: one vector for all prompts, or one row a prompt.
+        kind: how it was made; see `zero`, `mean` and `resample`.
     """
 
-    outputs: dict[Head, Float[Tensor, " d_head"]]
+    outputs: Mapping[Head, Float[Tensor, " d_head"] | Float[Tensor, "prompt d_head"]]
+    kind: Literal["zero", "mean", "resample", "given"] = "given"
+
+    @classmethod
+    def zero(cls, heads: Sequence[Head], d_head: int) -> HeadAblation:
+        """Nothing stands in."""
+        return cls({head: torch.zeros(d_head) for head in heads}, "zero")
+
+    @classmethod
+    def mean(cls, outputs: Float[Tensor, "prompt layer head d_head"], heads: Sequence[Head]) -> HeadAblation:
+        """Each head's mean output over prompts stands in."""
+        return cls({(layer, head): outputs[:, layer, head].mean(dim=0) for layer, head in heads}, "mean")
+
+    @classmethod
+    def resample(
+        cls, outputs: Float[Tensor, "prompt layer head d_head"], heads: Sequence[Head], seed: int
+    ) -> HeadAblation:
+        """On each prompt another item's output stands in, of the same head and the same order of options.
+
+        All heads take theirs from the same item, drawn so that each item gives once and none to itself.
+
+        Args:
+            outputs: of prompts that come item by item, both orders of an item next to each other.
+            heads: the heads.
+            seed: of the draw.
+
+        Raises:
+            QklensError: fewer than two items.
+        """
+        donors = other_items(len(outputs) // 2, seed)
+        rows = torch.stack([2 * donors, 2 * donors + 1], dim=1).flatten()
+        return cls({(layer, head): outputs[rows, layer, head] for layer, head in heads}, "resample")
 
     def describe(self) -> dict[str, Any]:
         """The spec as echoed into results."""
-        return {"patch": "ablation", "heads": [list(head) for head in self.outputs], "tokens": ["answer"]}
+        return {
+            "patch": "ablation", "kind": self.kind, "heads": [list(head) for head in self.outputs], "tokens": ["answer"]
+        }  # fmt: skip
 
     def edits(self, subject: Subject, prompts: Sequence[Prompt], batch: Batch, index: Sequence[int]) -> list[Edit]:
-        """The edits of one pass."""
-        for layer, head in self.outputs:
+        """The edits of one pass; `index` says which row belongs to each prompt of the batch."""
+        for (layer, head), values in self.outputs.items():
             subject.check_head(layer, head)
+            if values.shape[-1] != subject.d_head or (values.ndim == 2 and len(values) <= max(index)):
+                raise QklensError(
+                    f"the ablation of L{layer}H{head} has outputs of shape {tuple(values.shape)}; expected "
+                    f"{subject.d_head} numbers, or as many for each prompt"
+                )
 
         def replace(layer: int) -> OutputEdit:
             def write(output: Tensor, _: int) -> Tensor:
                 new = output.clone()
-                for (where, head), vector in self.outputs.items():
+                for (where, head), values in self.outputs.items():
                     if where == layer:
-                        new[:, -1, head] = vector.to(new)
+                        new[:, -1, head] = (values if values.ndim == 1 else values[list(index)]).to(new)
                 return new
 
             return OutputEdit(layer, write)
@@ -113,6 +154,40 @@ class ScoreShift:
         return [shift(layer, heads) for layer, heads in by_layer.items()]
 
 
+def frozen_patterns(
+    rows: Mapping[Head, Sequence[Float[Tensor, "_k_pos"]]], free: Sequence[Head], from_layer: int = 0
+) -> PatternPatch:
+    """Hold heads at their own answer rows, so that none downstream can make up for what is done to others.
+
+    Args:
+        rows: every head's row of the clean run, one a prompt of the workset that is then run.
+        free: heads that are not held.
+        from_layer: the first layer whose heads are held.
+
+    Raises:
+        QklensError: no head is left to hold.
+    """
+    held = {head: row for head, row in rows.items() if head not in set(free) and head[0] >= from_layer}
+    if not held:
+        raise QklensError(
+            f"no head is left to freeze: of {len(rows)} heads all from layer {from_layer} on are named as free; "
+            "leave one out"
+        )
+    return PatternPatch(held)
+
+
+def other_items(n: int, seed: int) -> Int[Tensor, " item"]:
+    """For each of n items another one, each taken once and none its own: the next one on a random round of all.
+
+    Raises:
+        QklensError: fewer than two items.
+    """
+    if n < 2:
+        raise QklensError(f"resampling needs another item to take from: {n} given, expected at least 2")
+    around = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(around).scatter(0, around, around.roll(-1))
+
+
 def align_rows(
     donor: Prompt, receiver: Prompt, row: Float[Tensor, "*head donor_pos"]
 ) -> Float[Tensor, "*head receiver_pos"]:
@@ -139,14 +214,20 @@ def _stack(
     batch: Batch,
     index: Sequence[int],
 ) -> Float[Tensor, "batch head k_pos"]:
-    stacked = torch.zeros(len(prompts), len(heads), batch.width, device=batch.input_ids.device)
-    for row, (prompt, which) in enumerate(zip(prompts, index, strict=True)):
-        for column, head in enumerate(heads):
-            values = rows[layer, head][which]
-            if len(values) != len(prompt.tokens):
-                raise QklensError(f"a patch row has {len(values)} entries, its prompt has {len(prompt.tokens)} tokens")
-            stacked[row, column, batch.width - len(prompt.tokens) :] = values.to(stacked)
-    return stacked
+    for head in heads:
+        for prompt, which in zip(prompts, index, strict=True):
+            given = len(rows[layer, head][which]) if which < len(rows[layer, head]) else 0
+            if given != len(prompt.tokens):
+                raise QklensError(
+                    f"the row of L{layer}H{head} for prompt {which} has {given} entries, its prompt has "
+                    f"{len(prompt.tokens)} tokens"
+                )
+    padded = [
+        pad_sequence([rows[layer, head][which] for which in index], batch_first=True, padding_side="left")
+        for head in heads
+    ]
+    stacked = torch.stack(padded, dim=1).to(batch.input_ids.device)
+    return pad(stacked, (batch.width - stacked.shape[-1], 0))
 
 
 def _row_writer(rows: Tensor, heads: list[int]) -> Callable[[Tensor, int], Tensor]:

@@ -97,4 +97,4 @@ def _first_column(edit: Edit, batch: Batch) -> int:
 
 def _first_layer(edit: Edit) -> int:
     """The first layer whose stream an edit looks at or changes."""
-    return min((edit.layer, *(edit.sees if isinstance(edit, VectorEdit) else ())))
+    return min((edit.layer, *(edit.sees if isinstance(edit, VectorEdit | ScoreEdit) else ())))

@@ -37,11 +37,19 @@ class VectorEdit:
 
 @dataclass(frozen=True, eq=False)
 class ScoreView:
-    """What a score edit may look at; positions are columns of the whole batch, `start` is the pass's first one."""
+    """What a score edit may look at.
+
+    Attributes:
+        query: queries of the columns that run.
+        key: keys of all columns.
+        rows: (layer) -> that layer's stream at the tokens of the edit's mask.
+        scale: the model's own score scale c.
+        start: the first column that runs.
+    """
 
     query: Float[Tensor, "batch head q_pos d_head"]
     key: Float[Tensor, "batch kv_head k_pos d_head"]
-    residual: Float[Tensor, "batch q_pos d_model"]
+    rows: Callable[[int], Tensor]
     scale: float
     start: int
 
@@ -53,12 +61,14 @@ class ScoreEdit:
     Attributes:
         layer: the layer.
         bias: what to add, `batch head q_pos k_pos`, over the columns that run.
-        mask: tokens whose residual `bias` reads, if any; they must be among the columns that run.
+        mask: tokens whose stream `bias` reads, if any; they must be among the columns that run.
+        sees: other layers whose stream `bias` asks for.
     """
 
     layer: int
     bias: Callable[[ScoreView], Tensor]
     mask: Bool[Tensor, "batch pos"] | None = None
+    sees: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

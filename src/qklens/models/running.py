@@ -50,7 +50,7 @@ class RunningPass:
     def _check(self, edit: Edit, earlier: Sequence[Edit]) -> None:
         if not 0 <= edit.layer < self.subject.n_layers:
             raise QklensError(f"layer {edit.layer} does not exist; expected 0 to {self.subject.n_layers - 1}")
-        if min((edit.layer, *(edit.sees if isinstance(edit, VectorEdit) else ()))) < self.from_layer:
+        if min((edit.layer, *(edit.sees if isinstance(edit, VectorEdit | ScoreEdit) else ()))) < self.from_layer:
             raise QklensError(f"an edit of layer {edit.layer} acts before layer {self.from_layer}, which does not run")
         if isinstance(edit, VectorEdit):
             self._check_side(edit, earlier)
@@ -88,10 +88,8 @@ class RunningPass:
         """Layers whose stream an edit looks at; it is held until the last such edit is done."""
         layers: set[int] = set()
         for _, edit in self.edits:
-            if isinstance(edit, VectorEdit):
+            if isinstance(edit, VectorEdit) or (isinstance(edit, ScoreEdit) and edit.mask is not None):
                 layers |= {edit.layer, *edit.sees}
-            elif isinstance(edit, ScoreEdit):
-                layers.add(edit.layer)
         return layers
 
     def install(self, stack: ExitStack) -> None:
@@ -148,8 +146,10 @@ class RunningPass:
         """Index, copy and edit of a layer's edits of one kind, in order."""
         return [(i, copy, e) for i, (copy, e) in enumerate(self.edits) if isinstance(e, kind) and e.layer == layer]
 
-    def _mask(self, edit: VectorEdit, device: torch.device) -> Tensor:
-        return edit.mask[:, self.start :].to(device)
+    def _mask(self, edit: VectorEdit | ScoreEdit, device: torch.device) -> Tensor:
+        """Which of the columns that run are the edit's; none for an edit without a mask."""
+        mask = torch.zeros_like(self.batch.attention_mask, dtype=torch.bool) if edit.mask is None else edit.mask
+        return mask[:, self.start :].to(device)
 
     def _residual_hook(self, layer: int) -> Callable[..., tuple[tuple, dict]]:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -178,7 +178,9 @@ class RunningPass:
 
     def _let_go(self, layer: int) -> Callable[..., None]:
         """Drop a layer's stream once no later edit looks at it."""
-        later = any(isinstance(e, VectorEdit) and e.layer > layer and layer in e.sees for _, e in self.edits)
+        later = any(
+            isinstance(e, VectorEdit | ScoreEdit) and e.layer > layer and layer in e.sees for _, e in self.edits
+        )
 
         def hook(*_: object) -> None:
             if not later:
@@ -280,8 +282,8 @@ class RunningPass:
         for index, copy, edit in self._edits_of(ScoreEdit, layer):
             here = self.copies.columns(copy)
             own_key = self.copies.take_keys(key, copy)
-            stream = self.residual[layer][:, here]
-            bias = edit.bias(ScoreView(query[:, :, here], own_key, stream, scale, self.start))
+            rows = self._rows(self._mask(edit, query.device), copy)
+            bias = edit.bias(ScoreView(query[:, :, here], own_key, rows, scale, self.start))
             self.fired[index] = True
             self.changed[index] = bool((bias != 0).any())
             total = query.new_zeros((*query.shape[:3], key.shape[2])) if total is None else total
