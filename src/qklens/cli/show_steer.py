@@ -43,8 +43,9 @@ def sweep(table: SteerTable, written: list[Path]) -> None:
         )
     ran, whole = (sum(getattr(c, name) for c in table.cost.values()) for name in ("tokens_x_layers", "whole_prompts"))
     points = sum(c.points for c in table.cost.values())
-    if ran:
-        lines.append(f"{points} points: {ran:,} tokens x layers run, {whole / ran:.0f} times fewer than whole prompts.")
+    if whole:
+        share = _percent(ran / whole)
+        lines.append(f"{points} points: {ran:,} tokens x layers run, {share} of what whole prompts would take.")
     if table.neutral.unknown > _UNKNOWN_NOTED:
         lines.append(f"note: {_percent(table.neutral.unknown)} of the neutral text is unknown to this tokenizer")
     write(lines + [f"written: {path}" for path in written])
