@@ -37,9 +37,11 @@ if TYPE_CHECKING:
     from qklens.studies.config import LabConfig, StudyConfig
     from qklens.studies.opening import open_lab, ready_lab
     from qklens.studies.results import Results
+    from qklens.studies.steer_spec import SteerSpec
     from qklens.studies.tables.head_table import HeadTable, head_table
     from qklens.studies.tables.pair_table import PairRequest, pair_table
     from qklens.studies.tables.partner_table import PartnerRequest, partner_table
+    from qklens.studies.tables.steer_table import steer_table
 
 _HOME = {
     "Batch": "models.batch",
@@ -63,6 +65,7 @@ _HOME = {
     "ScoreShift": "interventions.patch",
     "Site": "models.sites",
     "Steer": "interventions.steer",
+    "SteerSpec": "studies.steer_spec",
     "StudyConfig": "studies.config",
     "Subject": "models.subject",
     "Trace": "models.trace",
@@ -86,6 +89,7 @@ _HOME = {
     "ready_lab": "studies.opening",
     "render": "data.render",
     "self_check": "models.selfcheck",
+    "steer_table": "studies.tables.steer_table",
     "study_with_report": "report.run",
     "trace": "models.trace",
     "write_prompts": "analyses.written",
@@ -113,6 +117,7 @@ __all__ = [
     "ScoreShift",
     "Site",
     "Steer",
+    "SteerSpec",
     "StudyConfig",
     "Subject",
     "Trace",
@@ -136,6 +141,7 @@ __all__ = [
     "ready_lab",
     "render",
     "self_check",
+    "steer_table",
     "study_with_report",
     "trace",
     "write_prompts",

@@ -39,6 +39,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         (["heads", "--help"], "--figure"),
         (["qk", "--help"], "--reading"),
         (["partners", "--help"], "--all-heads"),
+        (["steer", "--help"], "--strengths"),
         (["data", "check", "--help"], "FILE"),
         (["model", "check", "--help"], "MODEL"),
     ],

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,31 +15,16 @@ from qklens.studies.tables import pair_table, partner_table
 from qklens.studies.tables.head_table import HeadTable
 from qklens.studies.tables.pair_table import PairTable
 from qklens.studies.tables.partner_table import PartnerTable
+from terminal import HOSTILE, lines_of, parsed
 
 QK = ("qk", "--dictionary", "directions", "--heads", "L1H0", "--draws", 30, "--top", 2, "--reading", "none,harm-none")
 PARTNERS = ("partners", "--dictionary", "directions", "--feature", "harm_detection", "--heads", "1.0,L1H1", "--top", 2)
-HOSTILE = "x\x1b[2J\x1b]0;title\x07\r\n\u202e\x9b31m"
 PROSE = f"Which gas do plants take in? {HOSTILE} Plants take in the gas. Which animal is the largest?\n\n" * 6
 
 
 @pytest.fixture
 def asked(healthy_model: Path, data: Path) -> tuple[object, ...]:
     return ("--model", healthy_model, "--data", data)
-
-
-def lines_of(out: str) -> list[str]:
-    """The lines of a table, none of which can move a cursor."""
-    lines = out.removesuffix("\n").split("\n")
-    strange = {char for line in lines for char in line if unicodedata.category(char) in ("Cc", "Cf", "Cs")}
-    assert strange == set()
-    return lines
-
-
-def parsed(text: str) -> Any:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import typer
 
 from qklens.cli import options, show, tables
 from qklens.cli.options import Data, Device, Dictionary, Dtype, Items, Json, Model, Role, Seed
+from qklens.cli.steer import steer
 from qklens.errors import QklensError, nearest
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ model_app = typer.Typer(no_args_is_help=True, help="Models: check that one is re
 app.command()(tables.heads)
 app.command()(tables.qk)
 app.command()(tables.partners)
+app.command()(steer)
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 

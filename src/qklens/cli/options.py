@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qklens.errors import QklensError
+from qklens.studies.head_names import head_named
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
 Model = Annotated[
@@ -25,8 +25,6 @@ Role = Annotated[
     typer.Option("--role", help="Name a role's feature, as refuse_redirect=L3/1187; repeat. Others are found."),
 ]
 Heads = Annotated[list[str] | None, typer.Option("--heads", help="Heads, as L2H4 or 2.4, joined by commas; repeat.")]
-
-_HEAD = re.compile(r"L?(\d{1,6})[H.](\d{1,6})", re.IGNORECASE)
 
 
 def roles(given: list[str] | None) -> dict[str, str]:
@@ -54,10 +52,10 @@ def heads(given: list[str] | None) -> tuple[tuple[int, int], ...]:
     """
     found = []
     for text in (part for some in given or () for part in listed(some)):
-        match = _HEAD.fullmatch(text)
-        if match is None:
+        head = head_named(text)
+        if head is None:
             raise QklensError(f"--heads {text!r}: expected layer and head, as L2H4 or 2.4, joined by commas")
-        found.append((int(match[1]), int(match[2])))
+        found.append(head)
     return tuple(dict.fromkeys(found))
 
 
@@ -71,6 +69,18 @@ def check_figure(path: Path) -> None:
         raise QklensError(f"--figure {path}: expected a name that ends in .svg")
     if path.is_dir() or not path.parent.is_dir():
         raise QklensError(f"--figure {path}: expected a file in a folder that exists")
+
+
+def check_out(path: Path) -> None:
+    """Refuse the name of a file of results before the work that it would hold.
+
+    Raises:
+        QklensError: not a .json file in a folder that is there.
+    """
+    if path.suffix != ".json":
+        raise QklensError(f"--out {path}: expected a name that ends in .json")
+    if path.is_dir() or not path.parent.is_dir():
+        raise QklensError(f"--out {path}: expected a file in a folder that exists")
 
 
 def listed(text: str) -> list[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qklens.report.text import printable
+from qklens.cli.columns import MISSING, columns, signed, write
 
 if TYPE_CHECKING:
     from qklens.analyses.on_text import HeadOnText
@@ -16,15 +15,13 @@ if TYPE_CHECKING:
     from qklens.studies.tables.pair_table import Marginal, Pair, PairReading, PairTable
     from qklens.studies.tables.partner_table import PartnerRow, PartnerTable
 
-_MISSING = "-"
-
 
 def heads(table: HeadTable, top: int, figure: Path | None) -> None:
     """The first heads by cross-validation and effect, and what the chosen ones do on items left out."""
     by_patch = table.ranked_by == "patch_gain"
     margins = ", ".join(f"{c} {m:+.2f}" for c, m in table.margin.items())
     lines = [f"{table.model['name']}: {len(table.heads)} heads, {table.data['n_items']} items; margins {margins}", ""]
-    lines += _columns(
+    lines += columns(
         (
             "head",
             "attends",
@@ -41,20 +38,20 @@ def heads(table: HeadTable, top: int, figure: Path | None) -> None:
         [
             (
                 f"L{r.layer}H{r.head}",
-                _signed(r.attention_difference["none"]),
-                *(_signed(r.attention_difference_by_part[part]) for part in ("letter", "content", "boundary")),
-                _signed(r.attention_difference["harm"]),
-                _signed(r.score_difference["all"]),
-                _signed(r.letter_logit),
-                _signed(-r.ablation_drop),
-                _signed(r.patch_gain),
+                signed(r.attention_difference["none"]),
+                *(signed(r.attention_difference_by_part[part]) for part in ("letter", "content", "boundary")),
+                signed(r.attention_difference["harm"]),
+                signed(r.score_difference["all"]),
+                signed(r.letter_logit),
+                signed(-r.ablation_drop),
+                signed(r.patch_gain),
                 f"{r.chosen_in}/{len(table.folds)}",
             )
             for r in table.heads[:top]
         ],
     )
     done = "giving their clean patterns back under harm" if by_patch else "ablating them without pressure"
-    found = f"{done} changes the margin by {_signed(table.held_out_effect if by_patch else -table.held_out_effect)}"
+    found = f"{done} changes the margin by {signed(table.held_out_effect if by_patch else -table.held_out_effect)}"
     if table.held_out_share is not None and table.held_out_share_ci is not None:
         low, high = table.held_out_share_ci
         of = "of what harm takes" if by_patch else "of it"
@@ -70,7 +67,7 @@ def heads(table: HeadTable, top: int, figure: Path | None) -> None:
         f"on items left out: {found}",
     ]
     lines += [f"map: {figure}"] if figure else []
-    _write(lines + ([""] + [row["words"] for row in table.text] if table.text else []))
+    write(lines + ([""] + [row["words"] for row in table.text] if table.text else []))
 
 
 def on_text(rows: Sequence[HeadOnText]) -> None:
@@ -86,7 +83,7 @@ def on_text(rows: Sequence[HeadOnText]) -> None:
             lines += [f"  {e.attention:.2f}  {before}[{e.query_token}]{after}  <-  {e.key_token}"]
         if row.text.unknown > 0.05:
             lines += [f"  note: {100 * row.text.unknown:.0f}% of the text's words are unknown to the tokenizer"]
-    _write(lines)
+    write(lines)
 
 
 def pairs(table: PairTable) -> None:
@@ -96,16 +93,16 @@ def pairs(table: PairTable) -> None:
         f"{table.model['name']} through {table.dictionary['name']}: {how['kind']} terms over {how['span']} "
         f"({', '.join(how['parts'])}), ranked on half of {table.data['n_items']} items, measured on the other half",
         "",
-        *_columns(
+        *columns(
             ("role", "feature", "contrast", "other half", "steadiness", "interaction", "tokens"),
             [
                 (
                     r.role if r.chosen else "",
                     f"{r.feature}{' (named)' if r.named else ''}",
-                    _signed(r.contrast),
-                    _signed(r.contrast_report),
-                    _signed(r.steadiness),
-                    _signed(r.interaction),
+                    signed(r.contrast),
+                    signed(r.contrast_report),
+                    signed(r.steadiness),
+                    signed(r.interaction),
                     " ".join(r.top_tokens),
                 )
                 for role in dict.fromkeys(r.role for r in table.roles)
@@ -128,7 +125,7 @@ def pairs(table: PairTable) -> None:
     notes = {t.note for r in table.readings for p in r.pairs for t in p.tests if t.note}
     lines += [f"note: {note}" for note in sorted(notes)]
     lines += [f"note: {feature} plays both refuse_redirect and harm_detection here" for feature in sorted(twice)]
-    _write(lines)
+    write(lines)
 
 
 def partners(table: PartnerTable) -> None:
@@ -141,25 +138,25 @@ def partners(table: PartnerTable) -> None:
     single = len(table.columns) == 2
     for column in table.columns[:1] if single else table.columns[-1:] if len(table.columns) > 4 else table.columns:
         of = f"mean over {len(table.columns) - 1} heads" if column.head == "mean" else column.head
-        sd = _MISSING if column.sd is None else f"{column.sd:.4f}"
+        sd = MISSING if column.sd is None else f"{column.sd:.4f}"
         away, drawn = ([r for r in column.lowest if r.value < 0], [r for r in column.highest if r.value > 0])
         lines += [
             "",
             f"{of}: {column.n} features, mean {column.mean:+.4f}, sd {sd}",
-            *_columns(
+            *columns(
                 ("pushed away", "value", "z", "drawn in", "value", "z"),
                 [(*_partner(low), *_partner(high)) for low, high in zip_longest(away, drawn)],
                 left=(0, 3),
             ),
         ]
     lines += ["", "value: virtual interaction of unit vectors; z: its place among all features. --json has every head."]
-    _write(lines)
+    write(lines)
 
 
 def _partner(row: PartnerRow | None) -> tuple[str, str, str]:
     if row is None:
         return "", "", ""
-    return row.feature, f"{row.value:+.4f}", _MISSING if row.z is None else f"{row.z:+.1f}"
+    return row.feature, f"{row.value:+.4f}", MISSING if row.z is None else f"{row.z:+.1f}"
 
 
 def _reading(reading: PairReading) -> list[str]:
@@ -171,7 +168,7 @@ def _reading(reading: PairReading) -> list[str]:
     return [
         f"L{reading.layer}H{reading.head} {reading.reading}: score {reading.score:+.3f}; errors on either side "
         f"{100 * reading.error_share:.0f}% of all |terms|; strongest sums: {sums}",
-        *_columns(
+        *columns(
             ("query", "key", "value", "95%", *(part for null in nulls for part in (f"z {null}", "q"))),
             [
                 (
@@ -198,7 +195,7 @@ def _tests(pair: Pair, nulls: Sequence[str]) -> list[str]:
     for null in nulls:
         test = by_null.get(null)
         if test is None or test.z is None or test.q is None:
-            shown += [_MISSING, _MISSING]
+            shown += [MISSING, MISSING]
         else:
             shown += [f"{test.z:+.1f}", f"{test.q:.3f}"]
     return shown
@@ -210,24 +207,3 @@ def _ci(pair: Pair) -> str:
 
 def _source(name: str, role: str | None) -> str:
     return f"{name} {role}" if role and role != name else name
-
-
-def _signed(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:+.2f}"
-
-
-def _columns(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Aligned columns, numbers to the right."""
-    table = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-
-
-def _write(lines: Iterable[str]) -> None:
-    sys.stdout.write("\n".join(map(printable, lines)) + "\n")

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,11 +16,10 @@ from pydantic import ValidationError, field_validator, model_validator
 
 from qklens.data.sameness import same_form, unseen_character
 from qklens.errors import QklensError, nearest
-from qklens.strict import Strict
+from qklens.strict import Strict, complaint
 
 SHIPPED = ("harm_pressure", "symptoms", "fraud")
 DEFAULT_BENIGN_INTENT = "I want to learn something new about this today."
-_SHOWN = 60
 _REQUIRED = ("question", "correct", "incorrect", "harmful_intent")
 
 
@@ -183,14 +181,5 @@ def _item(where: str, line: int, row: dict[str, Any]) -> Item:
     except ValidationError as error:
         first = error.errors()[0]
         field = "".join(f"field {name!r}: " for name in first["loc"])
-        message = _complaint(first["type"], first["msg"], first["input"])
+        message = complaint(first["type"], first["msg"], first["input"])
         raise QklensError(f"{where}: line {line}: {field}{message}") from error
-
-
-def _complaint(kind: str, message: str, found: object) -> str:
-    """What pydantic found wrong, with the value that it leaves out of its message."""
-    if kind == "value_error":
-        return message.removeprefix("Value error, ")
-    shown = textwrap.shorten(json.dumps(found, ensure_ascii=False), _SHOWN, placeholder=" ...")
-    expected = "text" if kind == "string_type" else message.removeprefix("Input should be ")
-    return f"is {shown}; expected {expected}"

@@ -73,7 +73,7 @@ def _figure(results: Results, stage: Stage, question: str) -> Drawing | None:
     if not rows:
         return None
     names = variants(results, stage)
-    unit = unit_words(rows)
+    unit, clean = unit_words(rows), results.behaviour.get("none")
     panels: list[Drawing] = []
     for index, name in enumerate(names):
         chosen = [row for row in rows if row.variant == name]
@@ -81,8 +81,8 @@ def _figure(results: Results, stage: Stage, question: str) -> Drawing | None:
         last = title if index == len(names) - 1 else None
         panels.append(
             alt.hconcat(
-                _panel(results, chosen, "accuracy", last),
-                _panel(results, chosen, "margin", last),
+                panel(clean.accuracy if clean else None, chosen, "accuracy", last),
+                panel(clean.margin if clean else None, chosen, "margin", last),
                 spacing=12,
             ).properties(title=style.heading(shorten(name, 95)))
         )
@@ -95,9 +95,17 @@ def _figure(results: Results, stage: Stage, question: str) -> Drawing | None:
     )
 
 
-def _panel(
-    results: Results, rows: Sequence[Steering], measure: Literal["accuracy", "margin"], x_title: str | None
+def panel(
+    level: float | None, rows: Sequence[Steering], measure: Literal["accuracy", "margin"], x_title: str | None
 ) -> Drawing:
+    """One variant's curves beside its controls.
+
+    Args:
+        level: the measure without intent and without an edit, if it is known.
+        rows: the variant's points, all strengths and controls.
+        measure: what is drawn upwards.
+        x_title: what the axis of strengths says; None leaves it to the panel below.
+    """
     values: list[dict[str, object]] = []
     for row in rows:
         value = row.accuracy if measure == "accuracy" else row.margin
@@ -111,8 +119,6 @@ def _panel(
                     "high": row.ci[1],
                 }
             )
-    clean = results.behaviour.get("none")
-    level = None if clean is None else clean.accuracy if measure == "accuracy" else clean.margin
     numbers = [float(str(v["value"])) for v in values] + ([level] if level is not None and finite(level) else [])
     low, high = (0.0, 1.0) if measure == "accuracy" else style.padded(min([0.0, *numbers]), max([0.0, *numbers]))
     present = [name for name in _LOOK if any(v["series"] == name for v in values)]

@@ -7,21 +7,21 @@ largest activation where its role plays.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from qklens.analyses.contrasts import Role, contrast
-from qklens.analyses.statistics import item_means, wilson
+from qklens.analyses.contrasts import Role
+from qklens.analyses.statistics import wilson
 from qklens.data.render import Condition
 from qklens.dictionaries.source import feature_index
-from qklens.interventions.direction import Direction, at_equal_norm, feature_direction, random_direction
+from qklens.interventions.direction import Direction
 from qklens.interventions.steer import Head, Steer
+from qklens.studies.controls import find_controls
 from qklens.studies.journal import StageOutput
 from qklens.studies.lab import Half, Lab
 from qklens.studies.results import Steering
-from qklens.studies.roles import role_direction, typical_activation
+from qklens.studies.roles import role_direction
 
 REFUSE_STRENGTHS = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
 KEY_STRENGTHS = (0.0, 1.0, 2.0, 4.0)
@@ -30,14 +30,6 @@ GOOD_ENOUGH = 0.02
 N_RANDOM = 10
 StageName = Literal["steer_all", "steer_query", "steer_key"]
 Make = Callable[[Direction, float], Steer]
-
-
-@dataclass(frozen=True)
-class Controls:
-    """The directions that stand beside a steered one."""
-
-    random: tuple[Direction, ...]
-    unrelated: Direction
 
 
 def steer_all(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
@@ -138,7 +130,9 @@ def _curves(
     role: Role,
 ) -> list[Steering]:
     chosen = _choose(lab, make, direction, strengths)
-    controls = _controls(lab, direction, roles, role)
+    taken = {feature_index(lab.source, label) for label in roles.values()}
+    feature = feature_index(lab.source, roles[role])
+    controls = find_controls(lab, direction, feature, role, taken=taken, draws=N_RANDOM)
     curves: list[tuple[Direction, Condition, Literal["random", "unrelated", "benign"] | None]] = [
         (direction, "harm", None),
         (controls.random[0], "harm", "random"),
@@ -193,48 +187,3 @@ def _choose(lab: Lab, make: Make, direction: Direction, strengths: Sequence[floa
     under_harm = dict(zip(spared, accuracy("harm", spared), strict=True))
     enough = max(under_harm.values()) - GOOD_ENOUGH
     return min((s for s in spared if under_harm[s] >= enough), key=abs)
-
-
-def _controls(lab: Lab, direction: Direction, roles: dict[Role, str], role: Role) -> Controls:
-    """Random directions, and the feature nearest in activation to the steered one but with the least contrast."""
-    layer = max(direction.layers)
-    source, feature = lab.source, feature_index(lab.source, roles[role])
-    readings = lab.activation_readings("discovery", layer)
-    effect = item_means(contrast(readings, role)).mean(dim=0).abs()
-    span = "answer" if role == "refuse_redirect" else "correct"
-    size = readings.mean("harm", span).abs().mean(dim=0)
-    taken = {source.labels.index(label) for label in roles.values()}
-    usable = [
-        f
-        for f in range(len(source.labels))
-        if f not in taken and size[f] > 0 and set(direction.layers) <= set(feature_layers(lab, f))
-    ]
-    if usable:
-        # Alike in activation, but blind to the contrast: at most a tenth of the steered feature's.
-        quiet = [f for f in usable if effect[f] <= 0.1 * effect[feature]] or usable
-        other = min(quiet, key=lambda f: abs(float((size[f] / size[feature].clamp(min=1e-9)).clamp(min=1e-9).log())))
-        unrelated = at_equal_norm(feature_direction(source, other, typical_activation(lab, other, role)), direction)
-    else:
-        spans = ("answer",) if role == "refuse_redirect" else ("correct", "incorrect")
-        unrelated = _covariance_direction(lab, direction, spans)
-    return Controls(tuple(random_direction(direction, lab.seed + i) for i in range(N_RANDOM)), unrelated)
-
-
-def feature_layers(lab: Lab, feature: int) -> tuple[int, ...]:
-    """The layers a feature writes."""
-    return tuple(layer for layer in lab.source.layers if bool(lab.source.directions(layer)[feature].any()))
-
-
-def _covariance_direction(lab: Lab, like: Direction, spans: tuple[str, ...]) -> Direction:
-    """For a source too small to have unrelated features: a direction drawn within the residual's covariance there."""
-    generator = torch.Generator().manual_seed(lab.seed + 1)
-    prompts = lab.prompts("none", "discovery")
-    positions = [[p for name in spans for p in prompt.span(name)] for prompt in prompts]
-    noise = torch.randn(sum(map(len, positions)), generator=generator)
-    vectors = {}
-    for layer in like.layers:
-        streams = lab.streams("none", "discovery", [layer])
-        rows = torch.cat([stream[layer][where] for stream, where in zip(streams, positions, strict=True)])
-        vectors[layer] = (noise @ (rows - rows.mean(dim=0))).to(like.vectors[layer])
-    drawn = Direction("drawn within the covariance", vectors, like.typical, like.read)
-    return at_equal_norm(drawn, like)
