@@ -23,9 +23,9 @@ from qklens import Directions, Subject, left_padded, load_subject
 from qklens.analyses.lens import head_lens
 from qklens.analyses.written import write_prompts
 from qklens.models.attention import AttentionRead
+from qklens.models.copies import Reads
 from qklens.models.edits import VectorEdit
 from qklens.models.passes import run_pass
-from qklens.models.copies import Reads
 from qklens.models.scores import ScoreMaps, score_maps
 
 

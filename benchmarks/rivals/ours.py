@@ -49,7 +49,7 @@ def main() -> None:
     whole = len(task.strengths) * tokens * subject.n_layers
     about: About = {
         "by": f"qklens {version('qklens')}",
-        "note": f"{work.ran.column_layers} tokens x layers, {work.ran.columns} columns; whole prompts each time: {whole}",
+        "note": f"{work.ran.column_layers} tokens x layers; whole prompts each time: {whole}",
         "token_layers": work.ran.column_layers,
         "columns_run": work.ran.columns,
     }

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from qklens.studies.opening import open_lab, ready_lab
     from qklens.studies.results import Results
     from qklens.studies.steer_spec import SteerSpec
+    from qklens.studies.tables.fewest import fewest_table
     from qklens.studies.tables.head_table import HeadTable, head_table
     from qklens.studies.tables.pair_table import PairRequest, pair_table
     from qklens.studies.tables.partner_table import PartnerRequest, partner_table
@@ -89,6 +90,7 @@ _HOME = {
     "ready_lab": "studies.opening",
     "render": "data.render",
     "self_check": "models.selfcheck",
+    "fewest_table": "studies.tables.fewest",
     "steer_table": "studies.tables.steer_table",
     "study_with_report": "report.run",
     "trace": "models.trace",
@@ -125,6 +127,7 @@ __all__ = [
     "Workset",
     "capture",
     "decompose",
+    "fewest_table",
     "head_lens",
     "head_table",
     "heads_on_text",

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from qklens.cli import show_steer
+from qklens.studies.tables.head_set_table import HeadSetTable
 from qklens.studies.tables.steer_rows import SteerTable
 from terminal import HOSTILE, lines_of, parsed
 from tiny_folders import edit_tensors, tree
@@ -139,3 +140,31 @@ def test_a_model_with_nan_is_refused(qklens: Callable[..., Any], model: Path, da
     name = "model.layers.1.self_attn.q_proj.weight"
     edit_tensors(model / "model.safetensors", lambda tensors: tensors[name].fill_(torch.nan))
     qklens("steer", "--model", model, "--data", data).refused()
+
+
+def test_the_fewest_heads(qklens: Callable[..., Any], asked: tuple[object, ...]) -> None:
+    one = ("steer", "--direction", "harm_detection", "--strengths", -2, "--draws", 2, *asked)
+    ended = qklens(*one, "--fewest", "greedy", "--json")
+    if ended.status == 2:  # a random model need not lose anything under harm
+        assert "the margin does not fall under harm" in ended.err
+    else:
+        assert HeadSetTable.model_validate_json(ended.out).model_dump(mode="json") == parsed(ended.out)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--fewest", "gredy", "--strengths", -2), "did you mean 'greedy'?"),
+        (("--fewest", "greedy"), "searched at one strength under harm"),
+        (("--fewest", "greedy", "--strengths", -2, "--heads", "L1H0,L1H1", "--heads", "L1H0"), "at one place, not at"),
+        (("--fewest", "greedy", "--strengths", -2, "--heads", "L1H0"), "1 head to choose among"),
+        (("--fewest", "greedy", "--strengths", -2, "--conditions", "none"), "searched at one strength under harm"),
+        (("--fewest", "greedy", "--strengths", -2, "--figure", "a.svg"), "steers at one strength; give one"),
+    ],
+)
+def test_a_search_that_cannot_be(
+    qklens: Callable[..., Any], asked: tuple[object, ...], options: tuple[object, ...], says: str
+) -> None:
+    ended = qklens("steer", *options, "--direction", "harm_detection", *asked)
+    assert (ended.status, ended.out) == (2, "")
+    assert says in ended.err.splitlines()[-1]

@@ -29,6 +29,7 @@ from qklens.interventions.points import Intervention
 from qklens.interventions.steer import Head
 
 Method = Literal["greedy", "attribution"]
+METHODS: tuple[Method, ...] = ("greedy", "attribution")
 Make = Callable[[Sequence[Head]], Intervention]
 ENOUGH, EACH = 0.9, 12
 LEAST = 0.01

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qklens.cli import options, show, show_steer
 from qklens.cli.options import Data, Device, Dictionary, Dtype, Items, Json, Model, Role, Seed
-from qklens.errors import QklensError
+from qklens.errors import QklensError, nearest
+
+if TYPE_CHECKING:
+    from qklens.studies.config import LabConfig
+    from qklens.studies.steer_spec import SteerSpec
 
 _Words = list[str] | None
 
@@ -31,6 +35,9 @@ def steer(
     controls: Annotated[bool | None, typer.Option("--controls/--no-controls", help="Controls beside rows.")] = None,
     draws: Annotated[int | None, typer.Option(help="Random directions.")] = None,
     spec: Annotated[Path | None, typer.Option(help="A YAML or JSON file that says all of the above.")] = None,
+    fewest: Annotated[
+        str | None, typer.Option(help="Search for the fewest heads that do it: greedy or attribution.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the results to this .json.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Also draw dose and response to this .svg.")] = None,
     model: Model = "organism",
@@ -73,6 +80,9 @@ def steer(
         model=model, dictionary=dictionary, data=data, items=items, seed=seed, device=device, dtype=dtype,
         roles=options.roles(role),
     )  # fmt: skip
+    if fewest is not None:
+        _fewest(config, asked, fewest, out, figure, as_json=as_json)
+        return
     lab = ready_lab(config)
     with threads_for(lab.subject), stepping("steer") as tick:
         table = steer_table(lab, asked, config.roles, tick=tick)
@@ -88,6 +98,31 @@ def steer(
         show.as_json(table.model_dump(mode="json"))
     else:
         show_steer.sweep(table, [path for path in (out, figure) if path is not None])
+
+
+def _fewest(
+    config: LabConfig, spec: SteerSpec, method: str, out: Path | None, figure: Path | None, *, as_json: bool
+) -> None:
+    from qklens.analyses.head_search import METHODS
+    from qklens.cli.show_head_sets import head_sets
+    from qklens.files import write_json
+    from qklens.studies.opening import ready_lab, threads_for
+    from qklens.studies.progress import stepping
+    from qklens.studies.tables.fewest import fewest_table
+
+    if method not in METHODS:
+        raise QklensError(f"--fewest {method!r}: expected one of {list(METHODS)}{nearest(method, METHODS)}")
+    if figure is not None:
+        raise QklensError("--figure draws dose and response, and --fewest steers at one strength; give one")
+    lab = ready_lab(config)
+    with threads_for(lab.subject), stepping("heads") as tick:
+        table = fewest_table(lab, spec, METHODS[METHODS.index(method)], config.roles, tick=tick)
+    if out is not None:
+        write_json(out, table.model_dump(mode="json"))
+    if as_json:
+        show.as_json(table.model_dump(mode="json"))
+    else:
+        head_sets(table)
 
 
 def _flat(given: list[str] | None) -> list[str] | None:

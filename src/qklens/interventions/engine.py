@@ -17,7 +17,7 @@ from torch import Tensor
 from qklens.data.render import Prompt
 from qklens.errors import NothingChangedError, QklensError
 from qklens.interventions.points import Intervention, Planned, Point, any_of, is_identity, plan, several
-from qklens.interventions.steer import Head
+from qklens.interventions.steer import Head, Steer
 from qklens.models.attention import AttentionRead
 from qklens.models.batch import Batch, left_padded
 from qklens.models.copies import Copies, Reads
@@ -135,7 +135,7 @@ class Workset:
             return self._clean_logits()
         if reads is None and self.reuse:
             vocabulary = self._clean_logits().shape[1]
-            rows = self._each([active], None, (), lambda chunk, logits, clean: logits, vocabulary)
+            rows = self._each([active], None, (), lambda chunk, logits, clean: logits, vocabulary, self.subject.dtype)
             self._refuse_idle([active], rows.changed)
             return rows.values[0].to(self.subject.device)
         results: list[Tensor] = [torch.empty(0)] * len(self)
@@ -253,11 +253,16 @@ class Workset:
         heads: tuple[Head, ...],
         measure: Callable[[_Chunk, Tensor, Tensor], Tensor],
         width: int,
+        dtype: torch.dtype = torch.float32,
     ) -> _Result:
-        """Run every point over every chunk."""
+        """Run every point over every chunk; what no model should run is refused before any does."""
+        for intervention in (i for group in groups for i in group):
+            if isinstance(intervention, Steer):
+                intervention.check(self.subject, self.prompts)
         shape = len(groups), len(self)
         changed = [[is_identity(i) for i in group] for group in groups]
-        result = _Result(wanted, heads, measure, torch.empty(*shape, width), torch.empty(*shape, len(heads)), changed)
+        values, attention = torch.empty(*shape, width, dtype=dtype), torch.empty(*shape, len(heads))
+        result = _Result(wanted, heads, measure, values, attention, changed)
         for chunk in self.chunks:
             planned = [
                 plan(self.subject, chunk.prompts, chunk.batch, chunk.index, place, group)
@@ -271,9 +276,12 @@ class Workset:
                 for point in active:
                     self._run_plain(chunk, clean, point, result)
             for point in planned:
-                if not point.edits:  # bit for bit what a clean run gives
-                    logits = clean.logits if wanted is None else clean.logits[:, list(wanted)]
-                    self._take(chunk, clean, point, logits, (), result)
+                if not point.edits:
+                    self._take(chunk, clean, point, clean.logits, (), result)
+        for point, rows in zip(groups, result.values, strict=True):
+            if not rows.isfinite().all():
+                what = [i.describe() for i in point]
+                raise QklensError(f"intervention {what} gives logits that are not finite; choose a smaller strength")
         return result
 
     def _run_shared(self, chunk: _Chunk, clean: Clean, planned: Sequence[Planned], result: _Result) -> None:
@@ -309,6 +317,9 @@ class Workset:
     def _take(
         self, chunk: _Chunk, clean: Clean, point: Planned, logits: Tensor, flags: tuple[bool, ...], result: _Result
     ) -> None:
+        """Note a point's values; where it changed nothing they are the clean run's, bit for bit."""
+        if not any(flags):
+            logits = clean.logits if result.wanted is None else clean.logits[:, list(result.wanted)]
         result.values[point.place, list(chunk.index)] = result.measure(chunk, logits, clean.logits).to(result.values)
         was = result.changed[point.place]
         result.changed[point.place] = [c or f for c, f in zip(was, any_of(point.groups, flags), strict=True)]

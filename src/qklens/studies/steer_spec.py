@@ -174,10 +174,8 @@ class SteerSpec(Strict):
                 raise ValueError("side 'residual' has its norms recomputed; drop norm 'frozen', or the side")
         if every and not self.layers:
             raise ValueError("layers are missing; name those whose stream or heads are steered, as 0-2")
-        if self.key_scope == "head" and (self.sides != ("key",) or every or self.mode != "add"):
-            raise ValueError(
-                "key_scope 'head' needs side 'key' alone, mode 'add' and named or chosen heads; use 'group'"
-            )
+        if self.key_scope == "head" and (self.sides != ("key",) or every):
+            raise ValueError("key_scope 'head' needs side 'key' alone and named or chosen heads; use 'group'")
         if self.mode == "ablate" and len(self.strengths) > 1:
             raise ValueError("mode 'ablate' has no strength; drop strengths")
         return self
