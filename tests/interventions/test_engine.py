@@ -282,3 +282,48 @@ def test_predicted_score_change_equals_the_measured_one_with_frozen_norms(tiny_l
     predicted = maps.scale * rotation(subject, 1, torch.tensor(answer))(change) @ keys.T
     assert torch.allclose(measured, predicted, atol=1e-5)
     assert torch.corrcoef(torch.stack([measured, predicted]))[0, 1] > 0.99999
+
+
+def test_two_edits_of_one_heads_own_key_are_refused(tiny_llama, harm):
+    subject = tiny_llama()
+    work = Workset(subject, harm)
+
+    def key(strength: float, head: int, scope: str) -> Steer:
+        options = {"side": "key", "heads": ((1, head),), "tokens": ("correct",), "key_scope": scope}
+        return Steer(direction(subject), strength, **options)
+
+    for first, second in (("head", "head"), ("head", "group"), ("group", "head")):
+        with pytest.raises(QklensError, match="act on the same head and token"):
+            work.margins([key(1.0, 0, first), key(2.0, 0, second)])
+    both = work.margins([key(1.0, 0, "head"), key(2.0, 1, "head")])  # two heads of a group, each with its own
+    assert not torch.equal(both, work.margins([key(1.0, 0, "head")]))
+
+
+def test_what_a_model_cannot_take_is_refused_before_it_runs(tiny_llama, harm):
+    subject = tiny_llama()
+    for bad in (
+        Steer(direction(subject), 1.0, layers=(1,), tokens=("nowhere",)),
+        Steer(direction(subject), 1e38, layers=(1,)),
+    ):
+        work = Workset(subject, harm)
+        with pytest.raises(QklensError):
+            work.logits([bad])
+        assert work.ran.columns == 0
+
+
+def test_points_of_one_layer_share_the_stream_below_it(tiny_llama, prompts, monkeypatch):
+    """Passes of a few points each: layers below the first edit are run once for all of them."""
+    monkeypatch.setattr(engine, "COPIED_COLUMNS", 1)
+    subject = tiny_llama()
+    work = Workset(subject, prompts)
+    work.margins()
+    before = work.ran.column_layers
+    points = [Steer(direction(subject), s, side="key", layers=(2,), tokens=("correct",)) for s in (1.0, 2.0, 3.0, 4.0)]
+    shared = work.margins_each(points)
+    own = (work.ran.column_layers - before) / (3 + 4)  # all three layers once, then the last one for each point
+    assert own == sum((c.batch.width - _first(c)) * len(c.index) for c in work.chunks)
+    assert torch.allclose(shared, Workset(subject, prompts, reuse=False).margins_each(points), atol=1e-5)
+
+
+def _first(chunk) -> int:
+    return min(chunk.batch.padding(row) + p.span("correct")[0] for row, p in enumerate(chunk.prompts))

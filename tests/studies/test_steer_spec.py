@@ -91,7 +91,8 @@ def test_yaml_json_and_keys_are_the_same_and_so_is_the_echo(tmp_path: Path, give
         ({"heads": "all"}, "layers are missing"),
         ({"key_scope": "head"}, "key_scope 'head' needs side 'key' alone"),
         ({"key_scope": "head", "sides": "key", "heads": "all", "layers": 1}, "key_scope 'head' needs"),
-        ({"key_scope": "head", "sides": "key", "mode": "ablate"}, "key_scope 'head' needs"),
+        ({"mode": "ablate", "strengths": 5}, "mode 'ablate' has no strength"),
+        ({"mode": "scale", "unit": "raw"}, "mode 'scale' has no unit"),
         ({"mode": "ablate", "strengths": [1, 2]}, "mode 'ablate' has no strength; drop strengths"),
     ],
 )

@@ -257,4 +257,4 @@ def test_a_feature_that_is_never_active_has_no_unit(lab: Lab) -> None:
         steer_table(lab, SteerSpec.parse(given))
     assert steer_table(lab, SteerSpec.parse({**given, "unit": "raw"})).rows
     with pytest.raises(NothingChangedError):
-        steer_table(lab, SteerSpec.parse({**given, "mode": "ablate", "unit": "raw", "tokens": "answer"}))
+        steer_table(lab, SteerSpec.parse({**given, "mode": "ablate", "tokens": "answer"}))

@@ -141,7 +141,7 @@ def find_fewest(
     together = float(bench.gains([every], idle_ok=False).mean())
     step()
     if method == "greedy":
-        order, gains = _greedy(bench, every, least, step)
+        order, gains = _greedy(bench, every, least, together, step)
         sets = [tuple(order[:k]) for k in range(1, len(order) + 1)]
     else:
         order = _by_attribution(bench, every)
@@ -193,9 +193,12 @@ def share_of(gained: Float[Tensor, " prompt"], lost: Float[Tensor, " prompt"]) -
 
 
 def _greedy(
-    bench: Restoration, candidates: Sequence[Head], least: float, step: Callable[[], None]
+    bench: Restoration, candidates: Sequence[Head], least: float, together: float, step: Callable[[], None]
 ) -> tuple[list[Head], list[float]]:
-    """Heads in the order in which they add most, and the gain of the first one, two, ...; each round is one sweep."""
+    """Heads in the order in which they add most, and the gain of the first one, two, ...; each round is one sweep.
+
+    Once they do 90% of what all do together, a head that adds less than `least` ends it; before, one that adds nothing.
+    """
     order: list[Head] = []
     gains: list[float] = []
     while len(order) < len(candidates):
@@ -203,7 +206,9 @@ def _greedy(
         tried = bench.gains([(*order, head) for head in left]).mean(dim=1)
         step()
         best = int(tried.argmax())
-        if float(tried[best]) - (gains[-1] if gains else 0.0) < least:
+        so_far = gains[-1] if gains else 0.0
+        added = float(tried[best]) - so_far
+        if added <= 0 or (added < least and so_far >= ENOUGH * together):
             break
         order.append(left[best])
         gains.append(float(tried[best]))

@@ -32,7 +32,7 @@ def sweep(table: SteerTable, written: list[Path]) -> None:
         lines += ["", name, *_block(list(rows))]
     lines += [
         "",
-        "Heads and features are chosen on the other half of the items.",
+        "Whatever heads and features were not named are chosen on the other half of the items.",
         "accuracy [95% Wilson], margin [95% over items] in logits; attends: attention on the correct - incorrect",
         f"option; KL to the clean run on neutral text, in nats ({table.neutral.windows} windows).",
     ]

@@ -86,6 +86,13 @@ def on_text(rows: Sequence[HeadOnText]) -> None:
     write(lines)
 
 
+_MEANING = {
+    "realised": "negative lowers attention",
+    "contrastive": "negative favours the incorrect option",
+    "share": "negative lowers the option's share",
+}
+
+
 def pairs(table: PairTable) -> None:
     """The roles with their runners-up, then every reading of every head."""
     how = table.weighting
@@ -115,13 +122,21 @@ def pairs(table: PairTable) -> None:
         lines += ["", *_reading(reading)]
     lines += [
         "",
-        "value [95% over items]: mean term in score units; negative lowers attention. z: the virtual interaction",
+        f"value [95% over items]: mean term in score units; {_MEANING[how['kind']]}; of a difference, by how much",
+        "it rises. Top pairs from both ends, then those of features alone, then those of roles. z: virtual interaction",
         "against each null. q (Benjamini-Hochberg): for pairs of roles over such pairs; for others over all that were",
         "searched, as a listed pair is extreme by construction. Another feature for a role: --role role=feature.",
     ]
     twice = {r.feature for r in table.roles if r.chosen and r.role == "refuse_redirect"} & {
         r.feature for r in table.roles if r.chosen and r.role == "harm_detection"
     }
+    searched = [t for r in table.readings for p in r.pairs if not (p.query_role and p.key_role) for t in p.tests]
+    if searched and all(t.q is None or t.q > 0.5 for t in searched):
+        least = max(t.n_draws for t in searched)
+        lines.append(
+            f"note: p is counted, at least 1/{least + 1}; over as many pairs as were searched no q of a listed pair can "
+            "be small with so few draws. z says how extreme it is."
+        )
     notes = {t.note for r in table.readings for p in r.pairs for t in p.tests if t.note}
     lines += [f"note: {note}" for note in sorted(notes)]
     lines += [f"note: {feature} plays both refuse_redirect and harm_detection here" for feature in sorted(twice)]

@@ -7,7 +7,7 @@ on, and many interventions run side by side in one pass. A sweep at the answer p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,10 +47,12 @@ class Swept:
     Attributes:
         margins: logit(correct) − logit(incorrect).
         attention: attention on the correct minus the incorrect option from the answer, of the heads asked for.
+        changed: whether each point changed a value on any prompt, or says itself that it changes none.
     """
 
     margins: Float[Tensor, "point prompt"]
     attention: Float[Tensor, "point prompt head"]
+    changed: tuple[bool, ...]
 
 
 @dataclass
@@ -134,10 +136,11 @@ class Workset:
         if reads is None and not active:
             return self._clean_logits()
         if reads is None and self.reuse:
-            vocabulary = self._clean_logits().shape[1]
-            rows = self._each([active], None, (), lambda chunk, logits, clean: logits, vocabulary, self.subject.dtype)
+            weight: Tensor = self.subject.unembedding.weight  # pyright: ignore[reportAssignmentType]
+            rows = self._each([active], None, (), lambda chunk, logits, clean: logits, len(weight), self.subject.dtype)
             self._refuse_idle([active], rows.changed)
             return rows.values[0].to(self.subject.device)
+        self._check(active)
         results: list[Tensor] = [torch.empty(0)] * len(self)
         changed = [False] * len(active)
         for chunk in self.chunks:
@@ -196,7 +199,7 @@ class Workset:
         result = self._each(groups, letters, tuple(heads), measure, 1)
         if not idle_ok:
             self._refuse_idle(groups, result.changed)
-        return Swept(result.values[..., 0], result.attention)
+        return Swept(result.values[..., 0], result.attention, tuple(all(flags) for flags in result.changed))
 
     def divergence(self, points: Sequence[Point], *, idle_ok: bool = True) -> Float[Tensor, "point prompt"]:
         """KL(clean ‖ point) of the next token at the answer position, in nats.
@@ -256,9 +259,7 @@ class Workset:
         dtype: torch.dtype = torch.float32,
     ) -> _Result:
         """Run every point over every chunk; what no model should run is refused before any does."""
-        for intervention in (i for group in groups for i in group):
-            if isinstance(intervention, Steer):
-                intervention.check(self.subject, self.prompts)
+        self._check(i for group in groups for i in group)
         shape = len(groups), len(self)
         changed = [[is_identity(i) for i in group] for group in groups]
         values, attention = torch.empty(*shape, width, dtype=dtype), torch.empty(*shape, len(heads))
@@ -294,7 +295,8 @@ class Workset:
             at_once = max(1, min(COPIED_COLUMNS // own, TOKENS_PER_BATCH // (n * own)))
             passes = [some[i : i + at_once] for i in range(0, len(some), at_once)]
             layers = [min(points[0].layer, lowest_read) for points in passes]
-            streams = self._streams(chunk, clean, start, dict(zip(layers, passes, strict=True)))
+            saved = sum(layer * len(points) for layer, points in zip(layers, passes, strict=True))
+            streams = self._streams(chunk, clean, start, sorted({layer for layer in layers if layer}), saved)
             for layer, points in zip(layers, passes, strict=True):
                 layer = layer if layer in streams else 0
                 beginning = Beginning(clean.prefix, start, layer, streams.get(layer))
@@ -324,17 +326,14 @@ class Workset:
         was = result.changed[point.place]
         result.changed[point.place] = [c or f for c, f in zip(was, any_of(point.groups, flags), strict=True)]
 
-    def _streams(
-        self, chunk: _Chunk, clean: Clean, start: int, passes: dict[int, Sequence[Planned]]
-    ) -> dict[int, Tensor]:
-        """resid_pre of the layers at which passes begin, at the columns from `start` on; none for layer 0.
+    def _streams(self, chunk: _Chunk, clean: Clean, start: int, wanted: Sequence[int], saved: int) -> dict[int, Tensor]:
+        """resid_pre of the wanted layers at the columns from `start` on; `saved` layers of a pass need not be run.
 
         The clean pass has kept them at the answer. Elsewhere they are run once, if that saves more than it costs.
         """
-        wanted = [layer for layer in passes if layer > 0]
         if start == chunk.batch.width - 1:
             return {layer: clean.answer[layer][:, None] for layer in wanted}
-        if sum(layer * len(passes[layer]) for layer in wanted) <= self.subject.n_layers:
+        if saved <= self.subject.n_layers:
             return {}
         streams: dict[int, Tensor] = {}
         sinks = {layer: (lambda x, layer=layer: streams.__setitem__(layer, x.clone())) for layer in wanted}
@@ -365,6 +364,11 @@ class Workset:
                 result.attention[place, torch.tensor(chunk.index)[:, None], columns] = values[copy]
 
         return copies, Reads({}, dict.fromkeys(by_layer, sink))
+
+    def _check(self, interventions: Iterable[Intervention]) -> None:
+        for intervention in interventions:
+            if isinstance(intervention, Steer):
+                intervention.check(self.subject, self.prompts)
 
     def _refuse_idle(self, groups: Sequence[Sequence[Intervention]], changed: Sequence[Sequence[bool]]) -> None:
         for group, flags in zip(groups, changed, strict=True):

@@ -63,7 +63,7 @@ def own_key_edit(
             total[:, head, :, view.start :] = view.scale * view.query[:, head] @ change_of_key.transpose(1, 2)
         return total
 
-    return ScoreEdit(layer, bias, mask, sees)
+    return ScoreEdit(layer, bias, mask, sees, tuple(heads))
 
 
 def _edited_scales(

@@ -196,6 +196,11 @@ def align_rows(
     Text before the intent and text from the question on is shared; a token's weight goes to the receiver's token that
     holds the same character. Tokens that only the receiver has (its intent) get zero. The row's sum is kept.
     """
+    if donor.text[donor.shared_from :] != receiver.text[receiver.shared_from :]:
+        raise QklensError(
+            "a pattern is carried between two conditions of one item and order; these prompts differ from the question "
+            f"on: {donor.text[donor.shared_from :][:40]!r} and {receiver.text[receiver.shared_from :][:40]!r}"
+        )
     shift = receiver.shared_from - donor.shared_from
     starts = torch.tensor(receiver.starts)
     targets = []

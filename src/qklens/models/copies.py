@@ -17,7 +17,7 @@ from qklens.models.projections import ProjectionSide
 class Reads:
     """What a pass hands out; a sink sees the tensor once and keeps what it needs.
 
-    With several copies the axes of positions hold them one after the other; see `Copies.of_pattern`.
+    With several copies the axes of positions hold them one after the other; see `Copies.answer_rows`.
 
     Attributes:
         residual: by layer, resid_pre.L after its edits; L = n_layers is the stream before the final norm.

@@ -63,12 +63,14 @@ class ScoreEdit:
         bias: what to add, `batch head q_pos k_pos`, over the columns that run.
         mask: tokens whose stream `bias` reads, if any; they must be among the columns that run.
         sees: other layers whose stream `bias` asks for.
+        keys_of: heads that `bias` gives keys of their own, at the tokens of `mask`.
     """
 
     layer: int
     bias: Callable[[ScoreView], Tensor]
     mask: Bool[Tensor, "batch pos"] | None = None
     sees: tuple[int, ...] = ()
+    keys_of: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

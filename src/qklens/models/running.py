@@ -54,6 +54,10 @@ class RunningPass:
             raise QklensError(f"an edit of layer {edit.layer} acts before layer {self.from_layer}, which does not run")
         if isinstance(edit, VectorEdit):
             self._check_side(edit, earlier)
+        for other in earlier:
+            own = isinstance(edit, ScoreEdit) or isinstance(other, ScoreEdit)
+            if own and other.layer == edit.layer and self._key_heads(edit) & self._key_heads(other):
+                _refuse_same(edit, other, "key")
         if isinstance(edit, VectorEdit | ScoreEdit) and edit.mask is not None:
             if not edit.mask.any():
                 raise QklensError(f"an edit of layer {edit.layer} matches no token")
@@ -78,11 +82,17 @@ class RunningPass:
             if not isinstance(other, VectorEdit) or (other.layer, other.side) != (edit.layer, edit.side):
                 continue
             shared = heads & (set(range(n)) if other.heads is None else set(other.heads))
-            if (shared or (pooled and edit.frozen_norm)) and bool((other.mask & edit.mask.to(other.mask.device)).any()):
-                raise QklensError(
-                    f"two edits of layer {edit.layer} on the {edit.side} side act on the same head and token; write "
-                    "them as one edit whose `change` does both"
-                )
+            if shared or (pooled and edit.frozen_norm):
+                _refuse_same(edit, other, edit.side)
+
+    def _key_heads(self, edit: Edit) -> set[int]:
+        """The query heads that meet an edited key."""
+        if isinstance(edit, ScoreEdit):
+            return set(edit.keys_of)
+        if not isinstance(edit, VectorEdit) or edit.side != "key":
+            return set()
+        group = self.subject.n_heads // self.subject.n_kv_heads
+        return {h for h in range(self.subject.n_heads) if edit.heads is None or h // group in edit.heads}
 
     def _layers_looked_at(self) -> set[int]:
         """Layers whose stream an edit looks at; it is held until the last such edit is done."""
@@ -333,6 +343,16 @@ class RunningPass:
                     f"an edit of layer {edit.layer} never fired; the model did not run that layer's attention through "
                     "the registered function"
                 )
+
+
+def _refuse_same(edit: Edit, other: Edit, side: str) -> None:
+    """Refuse two edits of one head where they share a token."""
+    masks = [e.mask for e in (edit, other) if isinstance(e, VectorEdit | ScoreEdit) and e.mask is not None]
+    if len(masks) == 2 and bool((masks[1] & masks[0].to(masks[1].device)).any()):
+        raise QklensError(
+            f"two edits of layer {edit.layer} on the {side} side act on the same head and token; write them as one "
+            "edit whose `change` does both"
+        )
 
 
 def _override(stack: ExitStack, module: nn.Module, forward: Callable[..., Tensor]) -> None:

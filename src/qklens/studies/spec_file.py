@@ -47,6 +47,8 @@ def _yaml(text: str) -> object:
         raise ValueError("it repeats a part by an alias; write it out")
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     if isinstance(node, yaml.MappingNode):
+        if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+            raise ValueError("a key is a list or a mapping; expected names, as `side: query`")
         _distinct([(key.value, None) for key, _ in node.value])
     return yaml.safe_load(text)
 

@@ -176,8 +176,10 @@ class SteerSpec(Strict):
             raise ValueError("layers are missing; name those whose stream or heads are steered, as 0-2")
         if self.key_scope == "head" and (self.sides != ("key",) or every):
             raise ValueError("key_scope 'head' needs side 'key' alone and named or chosen heads; use 'group'")
-        if self.mode == "ablate" and len(self.strengths) > 1:
+        if self.mode == "ablate" and self.strengths != (1.0,):
             raise ValueError("mode 'ablate' has no strength; drop strengths")
+        if self.mode in ("ablate", "scale") and self.unit != "activation_max":
+            raise ValueError(f"mode {self.mode!r} has no unit; drop unit")
         return self
 
 

@@ -49,6 +49,7 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None, named: Mapping[str,
                     for k in roles.chosen.values():
                         labels = lab.source.labels[q], lab.source.labels[k]
                         if labels not in shown:
+                            shown.add(labels)
                             pairs.append((*labels, means.between(q, k)))
                 rows += [
                     InteractionRow(

@@ -41,10 +41,18 @@ def fewest_table(
             f"the fewest heads are searched at one strength under harm, not at {list(spec.strengths)} under "
             f"{list(spec.conditions)}; give one, as --strengths -1.5"
         )
+    shares = lab.subject.n_kv_heads < lab.subject.n_heads
+    if shares and (spec.sides == ("value",) or (spec.sides == ("key",) and spec.key_scope == "group")):
+        raise QklensError(
+            f"heads of {lab.subject.name} share keys and values: an edit of one head's {spec.sides[0]} is an edit of "
+            "its group's; use side 'query', or side 'key' with key_scope 'head'"
+        )
     plan = SteerPlan(lab, spec, named)
     plan.check_names()
     if spec.heads == ((CHOSEN,),) and not spec.layers:
-        places = tuple(Place(side, feature_layers(lab, plan.feature), None) for side in spec.sides)
+        layers = feature_layers(lab, plan.feature)
+        every = tuple((layer, head) for layer in layers for head in range(lab.subject.n_heads))
+        places = tuple(Place(side, layers, every) for side in spec.sides)
     else:
         places = plan.places
     if len(places) != 1:
@@ -56,4 +64,4 @@ def fewest_table(
     unrelated = plan.controls.unrelated if plan.controls else None
     draws = spec.draws if spec.controls else 0
     table = head_set_table(lab, steer, method, unrelated=unrelated, draws=draws, tick=tick)
-    return table if spec.controls else table.model_copy(update={"beside": []})
+    return table.model_copy(update={"spec": spec} if spec.controls else {"spec": spec, "beside": []})

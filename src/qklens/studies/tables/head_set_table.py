@@ -29,6 +29,7 @@ from qklens.interventions.steer import Head, Steer
 from qklens.strict import Strict
 from qklens.studies.lab import Half, Lab
 from qklens.studies.progress import Tick, silent
+from qklens.studies.steer_spec import SteerSpec
 
 Interval = tuple[float, float]
 N_DRAWS = 10
@@ -73,7 +74,9 @@ class HeadSetTable(Strict):
 
     model: dict[str, Any]
     data: dict[str, Any]
+    dictionary: dict[str, Any]
     seed: int
+    spec: SteerSpec | None = Field(default=None, description="what was asked for, where a spec asked for it")
     method: Method
     steering: dict[str, Any] = Field(description="the spec, with all candidates as its heads")
     margin: dict[Condition, float] = Field(description="report half, nothing steered")
@@ -127,6 +130,7 @@ def head_set_table(
     return HeadSetTable(
         model=lab.subject.describe(),
         data={**lab.dataset.describe(), "letter_form": lab.form.name},
+        dictionary=lab.source.describe(),
         seed=lab.seed,
         method=method,
         steering=replace(steer, heads=tuple(candidates), layers=()).describe(),

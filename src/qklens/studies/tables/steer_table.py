@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qklens.analyses.statistics import Interval, bootstrap_mean, item_means, wilson
 from qklens.data.render import Condition
-from qklens.errors import QklensError
+from qklens.errors import NothingChangedError, QklensError
 from qklens.interventions.engine import Workset
 from qklens.interventions.steer import Head, Steer
 from qklens.studies.head_names import head_name
@@ -118,9 +118,18 @@ def _sweep(
     Where a condition is only a control an edit may find nothing to change, as a feature that is never active there.
     """
     work = plan.lab.work(condition, "report")
-    clean, before = work.margins(), work.ran.column_layers
-    edits = _edits(points)
-    found = work.sweep([(), *edits], read, idle_ok=idle_ok)
+    before = work.ran.column_layers
+    clean, edits = work.margins(), _edits(points)
+    found = work.sweep([(), *edits], read, idle_ok=True)
+    if not idle_ok:
+        own = [steer for some in points for steer in some[: _MAIN + 1] if not steer.is_identity]
+        idle = next((s for s, did in zip(edits, found.changed[1:], strict=True) if s in own and not did), None)
+        if idle is not None:
+            raise NothingChangedError(
+                f"strength {idle.strength:g}, mode {idle.mode!r}: {idle.direction.label!r} changes no value at "
+                f"{', '.join(map(str, idle.tokens))} in any of {len(work)} prompts under {condition!r}; choose other "
+                "tokens, or mode 'add'"
+            )
     swept = _Swept(
         clean,
         found.attention[0],
