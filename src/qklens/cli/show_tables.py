@@ -134,8 +134,8 @@ def pairs(table: PairTable) -> None:
     if searched and all(t.q is None or t.q > 0.5 for t in searched):
         least = max(t.n_draws for t in searched)
         lines.append(
-            f"note: p is counted, at least 1/{least + 1}; over as many pairs as were searched no q of a listed pair can "
-            "be small with so few draws. z says how extreme it is."
+            f"note: p is counted, at least 1/{least + 1}; over all pairs that were searched no listed q can be "
+            "small with so few draws; see z."
         )
     notes = {t.note for r in table.readings for p in r.pairs for t in p.tests if t.note}
     lines += [f"note: {note}" for note in sorted(notes)]
