@@ -12,6 +12,7 @@ from head_tables import FOLDS, lab_of, table_of
 from qklens.data.render import CONDITIONS
 from qklens.errors import QklensError
 from qklens.interventions.engine import Workset
+from qklens.interventions.points import several
 from qklens.interventions.patch import HeadAblation
 from qklens.studies.config import LabConfig
 from qklens.studies.lab import Lab, fold_items
@@ -92,7 +93,7 @@ def test_heads_are_chosen_without_the_items_of_their_fold(tiny_llama, items, mon
     """Attention, letters and every edited margin of one fold's items are spoilt: the others' choice stands."""
     subject, folds = tiny_llama(num_hidden_layers=2), 3
     before = table_of(lab_of(subject, items), folds)
-    fold, whole, many = fold_items(items[:6], folds, 0), Workset.margins, Workset.margins_each
+    fold, many = fold_items(items[:6], folds, 0), Workset.margins_each
     moved = 0
     for number in range(folds):
         spoilt = lab_of(subject, items)
@@ -102,11 +103,8 @@ def test_heads_are_chosen_without_the_items_of_their_fold(tiny_llama, items, mon
             seed = sum(layer * 17 + head for edit in interventions for layer, head in edit.describe()["heads"])
             return 20 * torch.randn(len(rows), generator=torch.Generator().manual_seed(seed)) * rows
 
-        def margins(work, interventions=(), noise=noise):
-            return whole(work, interventions) + (noise(interventions) if interventions else 0)
-
         def margins_each(work, interventions, noise=noise, **options):
-            return many(work, interventions, **options) + torch.stack([noise([one]) for one in interventions])
+            return many(work, interventions, **options) + torch.stack([noise(several(one)) for one in interventions])
 
         for condition in CONDITIONS:
             reading = spoilt.attention(condition, "all")
@@ -115,7 +113,6 @@ def test_heads_are_chosen_without_the_items_of_their_fold(tiny_llama, items, mon
                 values[rows] = values[rows].flip(1, 2) + (name == "letter_logit")
             spoilt._attention[condition, "all"] = dataclasses.replace(reading, **changed)
         with monkeypatch.context() as patched:
-            patched.setattr(Workset, "margins", margins)
             patched.setattr(Workset, "margins_each", margins_each)
             after = table_of(spoilt, folds)
         assert after.ranked_by == before.ranked_by
