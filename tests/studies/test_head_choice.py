@@ -12,8 +12,8 @@ from head_tables import FOLDS, lab_of, table_of
 from qklens.data.render import CONDITIONS
 from qklens.errors import QklensError
 from qklens.interventions.engine import Workset
-from qklens.interventions.points import several
 from qklens.interventions.patch import HeadAblation
+from qklens.interventions.points import several
 from qklens.studies.config import LabConfig
 from qklens.studies.lab import Lab, fold_items
 from qklens.studies.opening import open_lab
