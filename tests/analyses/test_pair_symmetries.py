@@ -171,7 +171,7 @@ def test_only_the_named_parts_of_an_option_have_weight(lab, parts, head, kind):
     how = Weighting(kind, parts=tuple(parts))
     lens = head_lens(lab.subject, lab.source, LAYER, head)
     for prompt, written in zip(lab.prompts, lab.written(lab.source), strict=True):
-        weights = how.weights(lens, prompt, written)
+        weights = how.weigh(lens, prompt, written).weights
         for span, sign in (("correct", 1.0), ("incorrect", -1.0))[: len(how.spans())]:
             named = {p for part in parts for p in prompt.spans[f"{span}.{part}"]}
             assert bool((sign * weights[sorted(named)] > 0).all())

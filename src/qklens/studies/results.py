@@ -233,8 +233,8 @@ class Partner(Strict):
     """A key feature ranked by its virtual interaction with refuse-and-redirect at the selected heads."""
 
     feature: str
-    value: float
-    z: float
+    value: float = Field(description="mean over the heads")
+    z: float = Field(description="its place among all features that are alive: (value - mean) / sd")
     rank: int = Field(description="1 is the most negative; negative ranks count from the positive end")
     role: str | None
     top_tokens: list[str] = Field(description="tokens on which it is most active in the study's prompts")
