@@ -82,6 +82,11 @@ def on_text(rows: Sequence[HeadOnText]) -> None:
             lines += [f"  {e.attention:.2f}  {before}[{e.query_token}]{after}  <-  {e.key_token}"]
         if row.text.unknown > 0.05:
             lines += [f"  note: {100 * row.text.unknown:.0f}% of the text's words are unknown to the tokenizer"]
+    lines += [
+        "",
+        "Examples: attention, the [query token] in its context <- the key token; in the order of what the key writes,",
+        "attention x length of its value through W_O, each pair of tokens once.",
+    ]
     write(lines)
 
 
