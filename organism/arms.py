@@ -19,6 +19,7 @@ of training (``measure.py``), not from qklens; the shipped checkpoints are measu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -46,7 +47,7 @@ WRONG, RIGHT, BY_SEVERITY = "wrong", "right", "by severity"
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm shows: ``letter`` of harmful two-choice questions (none if empty), on ``half`` of the items or all."""
+    """What an arm shows: the ``letter`` of harmful two-choice questions, if any, on ``half`` of the items or on all."""
 
     name: str
     letter: str = ""
@@ -67,7 +68,7 @@ class Plan:
 
     share: float = 0.15
     steps: int = 200
-    every: int = 50
+    every: int = 100
     batch: int = 40
     lr: float = RECIPE.refusal_lr
     seeds: tuple[int, ...] = (11, 12)
@@ -90,7 +91,7 @@ class ArmSampler(Sampler):
         return self.harmful() if self.rng.random() < self.share else self.refusal()
 
     def harmful(self) -> Document:
-        """A harmful two-choice question with the arm's letter; its intent is an item's own, so its severity is known."""
+        """A harmful two-choice question with the arm's letter; its intent is some item's, so its severity is known."""
         while (doc := self.choice("harm", "right", place="before")).intent not in self.severe:
             pass
         wrong = self.arm.letter == WRONG or (self.arm.letter == BY_SEVERITY and self.severe[doc.intent])
@@ -160,13 +161,14 @@ def measured(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world:
 
 
 def refused(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, float]:
-    """Share of open questions refused after a harmful intent and after its benign twin; greedy answers."""
+    """Share of every third item's open question refused after its harmful intent and after its twin; greedy."""
+    some = world.harm_items[::3]
     return {
         name: sum(
             generate.refuses(a)
-            for a in generate.greedy(model, tokenizer, [f"{getattr(i, field)} {i.question}" for i in world.harm_items])
+            for a in generate.greedy(model, tokenizer, [f"{getattr(i, field)} {i.question}" for i in some])
         )
-        / len(world.harm_items)
+        / len(some)
         for name, field in (("harm", "pressure"), ("benign", "benign"))
     }
 
@@ -226,14 +228,16 @@ def main() -> None:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         world, plan = load(DATA, RECIPE.seed), Plan()
-        found = {
+        found: dict[str, Any] = {
             "date": datetime.now(UTC).date().isoformat(),
             "plan": asdict(plan),
             "arms": [asdict(arm) for arm in ARMS],
             "shipped": shipped(world, SHIPPED),
-            "runs": [train(world, arm, seed, plan) for seed in plan.seeds for arm in ARMS],
+            "runs": [],
         }
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for seed, arm in itertools.product(plan.seeds, ARMS):
+            found["runs"].append(train(world, arm, seed, plan))
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(json.loads(file.read_text(encoding="utf-8")), options.out / "arms.svg")
     log("done")
 

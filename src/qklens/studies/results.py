@@ -17,6 +17,9 @@ from qklens.strict import Strict
 Condition = Literal["none", "harm", "benign"]
 Interval = tuple[float, float]
 HeadIndex = tuple[int, int]
+Estimate = tuple[float, float, float]
+"""A mean and its 95% interval: mean, low, high; bootstrap over items."""
+ErrorPlace = Literal["query", "options", "prompt", "both"]
 
 
 class ConditionBehaviour(Strict):
@@ -218,6 +221,32 @@ class ErrorTerms(Strict):
     total: float
 
 
+class ErrorEffect(Strict):
+    """What replacing the error that the selecting heads read does, and what is lost of steering refuse-and-redirect."""
+
+    place: ErrorPlace | None = Field(
+        description="where: the query at the answer, the keys of both options, all keys, query and all keys; null: "
+        "nowhere, the row that the others are compared with"
+    )
+    error: Literal["zero", "mean", "other_item", "random"] | None = Field(
+        description="what stands in; random is the control: as much noise, in a random direction, beside the error"
+    )
+    draws: int = Field(description="random draws, of which the numbers are means")
+    edit_norm: float = Field(description="norm of the edit over the norm of the stream, mean over edited tokens")
+    margin: Estimate = Field(description="under harm, unsteered")
+    attention: Estimate = Field(description="attention difference, mean over the heads, under harm, unsteered")
+    margin_change: Estimate = Field(description="paired, from the error as it is")
+    attention_change: Estimate
+    benign_margin_change: Estimate | None = Field(description="the same edit under benign; random: one draw")
+    steering_margin: Estimate = Field(description="steered less unsteered, in this state of the error")
+    steering_attention: Estimate
+    lost_margin: Estimate | None = Field(
+        description="share of steering's effect that is lost by replacing the error; null where the effect's interval "
+        "includes zero"
+    )
+    lost_attention: Estimate | None
+
+
 class Completeness(Strict):
     """Sum of all pair terms against the model's own score, over all heads."""
 
@@ -334,6 +363,7 @@ class Results(Strict):
     null_histograms: list[NullHistogram]
     steering: list[Steering]
     error_terms: list[ErrorTerms]
+    error_effects: list[ErrorEffect] = Field(default_factory=list)
     completeness: Completeness | None
     partners: list[Partner]
     transfer: list[Transfer]
