@@ -32,7 +32,8 @@ from qklens.interventions.steer import ALL_TOKENS, Head, Steer
 from qklens.studies.harm_pressure.steering import query_steer
 from qklens.studies.journal import StageOutput
 from qklens.studies.lab import Lab
-from qklens.studies.results import ErrorEffect, ErrorPlace, ErrorTerms, Estimate
+from qklens.studies.result_types import Estimate
+from qklens.studies.results_around import ErrorEffect, ErrorPlace, ErrorTerms
 from qklens.studies.roles import role_direction
 
 Array = NDArray[np.float64]

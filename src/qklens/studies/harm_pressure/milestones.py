@@ -2,15 +2,16 @@
 
 A quantity with an interval over items has appeared where its 95% interval lies wholly beyond a tenth of what the last
 checkpoint shows: an interval that excludes zero by a hair is no appearance. The virtual pair, which is weights alone,
-has turned negative where its z is at most −2 against both nulls, mean over heads. What the last checkpoint does not show
-itself has no beginning.
+has turned negative where its z is at most −2 against both nulls, mean over heads. What the last checkpoint does not
+show itself has no beginning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qklens.studies.results import Estimate, Milestone, Origin
+from qklens.studies.result_types import Estimate
+from qklens.studies.results_around import Milestone, Origin
 
 SHARE = 0.1
 Z_NEGATIVE = -2.0

@@ -29,7 +29,8 @@ from qklens.studies.harm_pressure.zscores import N_DRAWS
 from qklens.studies.journal import StageOutput
 from qklens.studies.lab import Lab
 from qklens.studies.populations import populations
-from qklens.studies.results import Estimate, Origin, OriginHead
+from qklens.studies.result_types import Estimate
+from qklens.studies.results_around import Origin, OriginHead
 
 OPTIONS = ("correct", "incorrect")
 Array = NDArray[np.float64]

@@ -29,7 +29,7 @@ from qklens.studies.harm_pressure.span_terms import span_terms
 from qklens.studies.harm_pressure.zscores import N_DRAWS
 from qklens.studies.lab import Lab
 from qklens.studies.populations import populations
-from qklens.studies.results import PushedAway, PushedToken
+from qklens.studies.results_around import PushedAway, PushedToken
 
 SHOWN = 8
 SHOWN_TOKENS = 5

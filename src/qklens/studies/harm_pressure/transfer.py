@@ -23,7 +23,8 @@ from qklens.studies.harm_pressure.pushed_away import pushed_away
 from qklens.studies.harm_pressure.steering import N_RANDOM, query_steer
 from qklens.studies.journal import StageOutput
 from qklens.studies.lab import Lab
-from qklens.studies.results import Estimate, Transfer, TransferSteering
+from qklens.studies.result_types import Estimate
+from qklens.studies.results_around import Transfer, TransferSteering
 from qklens.studies.roles import role_direction
 
 SETS = ("symptoms", "fraud")
