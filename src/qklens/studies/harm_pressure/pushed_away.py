@@ -10,7 +10,6 @@ weights alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -131,15 +130,16 @@ def _on_intents(lab: Lab, condition: Condition, layer: int, feature: int) -> flo
 
 
 def _tokens(lab: Lab, layer: int, feature: int) -> list[PushedToken]:
-    """The distinct tokens of intents and options on which it is most active under pressure, and how active."""
-    best: dict[tuple[int, Literal["intent", "option"]], float] = {}
+    """The distinct tokens of intents and options on which it is most active under pressure, and where and how much."""
+    best: dict[int, PushedToken] = {}
+    decode = lab.subject.tokenizer.decode
     for prompt, parts in zip(lab.prompts("harm", "all"), lab.written("harm", "all", layer), strict=True):
         values = parts.active.of(feature)
         for span in SPANS:
-            kind: Literal["intent", "option"] = "intent" if span == "intent" else "option"
             for position in prompt.span(span):
-                key = prompt.tokens[position], kind
-                best[key] = max(best.get(key, 0.0), float(values[position]))
-    ordered = sorted((at for at in best if best[at] > 0), key=lambda at: -best[at])[:SHOWN_TOKENS]
-    decode = lab.subject.tokenizer.decode
-    return [PushedToken(token=str(decode([token])), span=span, activation=best[token, span]) for token, span in ordered]
+                token, value = prompt.tokens[position], float(values[position])
+                if value > (best[token].activation if token in best else 0.0):
+                    best[token] = PushedToken(
+                        token=str(decode([token])), span="intent" if span == "intent" else "option", activation=value
+                    )
+    return sorted(best.values(), key=lambda at: -at.activation)[:SHOWN_TOKENS]
