@@ -13,7 +13,7 @@ from qklens.report.text import finite, mean, role_words, shorten, source_words, 
 from qklens.studies.results_around import PushedAway
 
 _SHOWN = 6
-_TOKENS_WIDE = 34
+_TOKENS_WIDE = 31
 
 
 def pushed_away(rows: Sequence[PushedAway]) -> Drawing | None:
@@ -54,9 +54,9 @@ def _table(name: str, rows: list[PushedAway]) -> Drawing:
     text = ledger.columns(
         drawn,
         (
-            Column("feature", "key feature", 175, "color", bold=True),
-            Column("tokens", "most active on, intents and options", 215),
-            Column("z", "z random, matched", 110),
+            Column("feature", "key feature", 155, "color", bold=True),
+            Column("tokens", "most active on", 190),
+            Column("z", "z random, matched", 105),
         ),
     )
     y = ledger.rows_axis(drawn)
@@ -71,7 +71,7 @@ def _table(name: str, rows: list[PushedAway]) -> Drawing:
         base.mark_bar(height=9).encode(x=x, y=y, color=alt.Color("color:N", scale=None)),
         base.mark_rule(strokeWidth=1, color=style.INK).encode(x=alt.X("low:Q"), x2="high:Q", y=y),
         style.rule_at(0, color=style.INK),
-    ).properties(width=150, height=ledger.height(drawn))
+    ).properties(width=130, height=ledger.height(drawn))
     note = (
         "refuse-and-redirect is silent here, so nothing is pushed: ranked by the weights alone"
         if silent
