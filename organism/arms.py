@@ -67,7 +67,7 @@ class Plan:
     """What all arms share."""
 
     share: float = 0.15
-    steps: int = 400
+    steps: int = 200
     every: int = 100
     batch: int = 40
     lr: float = RECIPE.refusal_lr
