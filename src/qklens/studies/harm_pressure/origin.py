@@ -75,8 +75,9 @@ def _lab_for(lab: Lab, subject: Subject, name: str) -> Lab:
 
 
 def _row(lab: Lab, heads: Sequence[Head], refuse: int, harm: int, name: str, step: int) -> Origin:
-    readings, layer = {c: lab.attention(c, "report") for c in CONDITIONS}, heads[0][0]
-    right = {c: (r.margins > 0) for c, r in readings.items()}
+    layer = heads[0][0]
+    readings = {c: lab.attention(c, "report") for c in CONDITIONS}
+    right = {c: r.margins > 0 for c, r in readings.items()}
     right_by_item = {c: _by_item(r.float()) for c, r in right.items()}
     margins = {c: _by_item(r.margins) for c, r in readings.items()}
     attention = {
