@@ -15,7 +15,7 @@ from qklens.report.figures.style import CONDITION_COLOR, CONDITION_WORDS, CONDIT
 
 Row = dict[str, Any]
 PER_ROW = 34
-GROUPS = {"shown half": "beside options shown in training", "other half": "beside options never shown",
+GROUPS = {"shown half": "the half withheld on", "other half": "the other items",
           "severe intents": "severe intents", "mild intents": "mild intents"}  # fmt: skip
 GROUP_COLOR = ("#cc4b24", "#e5a58f", "#6f4fa0", "#b9a7d3")
 
