@@ -60,7 +60,7 @@ def test_a_data_file_is_checked_without_torch() -> None:
     code = "sys.argv = ['qklens', 'data', 'check', 'fraud']\nfrom qklens.cli.main import main\nmain()"
     heavy, printed = heavy_after(code)
     assert not {"torch", "transformers"} & set(heavy)
-    assert printed.startswith("fraud: 24 items")
+    assert printed.startswith("fraud: 60 items")
 
 
 def test_every_public_name_is_there_and_documented() -> None:

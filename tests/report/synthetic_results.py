@@ -260,10 +260,10 @@ def skip(values: dict[str, Any], reasons: dict[str, str]) -> dict[str, Any]:
         "heads": {"heads": [], "heads_details": None},
         "interactions": {"interactions": [], "interaction_shares": [], "completeness": None, "roles": []},
         "zscores": {"zscores": [], "null_histograms": []},
-        "error_terms": {"error_terms": []},
+        "error_terms": {"error_terms": [], "error_effects": []},
         "partners": {"partners": []},
-        "transfer": {"transfer": []},
-        "origin": {"origin": []},
+        "transfer": {"transfer": [], "pushed_away": []},
+        "origin": {"origin": [], "milestones": []},
     }
     out = dict(values)
     for stage in reasons:
@@ -274,7 +274,8 @@ def skip(values: dict[str, Any], reasons: dict[str, str]) -> dict[str, Any]:
 
 
 def _poison(value: Any, key: str = "") -> Any:
-    closed = {"condition", "kind", "stage", "control", "mechanism", "null", "role", "query_role", "key_role"}
+    closed = {"condition", "kind", "stage", "control", "mechanism", "null", "role", "query_role", "key_role", "place"}
+    closed |= {"error", "ranked_by", "span"}
     if isinstance(value, dict):
         return {k: _poison(v, str(k)) for k, v in value.items()}
     if isinstance(value, list):

@@ -228,6 +228,7 @@ def test_a_stage_without_rows_has_no_figure(make: Callable[..., Results]) -> Non
         partners=[],
         zscores=[],
         error_terms=[],
+        error_effects=[],
         steering=[],
         origin=[],
         interactions=[],

@@ -17,7 +17,7 @@ from qklens.studies.harm_pressure.transfer import SETS, transfer_lab
 from qklens.studies.journal import StageOutput
 from qklens.studies.lab import Lab
 from qklens.studies.populations import populations
-from qklens.studies.results import Partner
+from qklens.studies.results_around import Partner
 from qklens.studies.roles import top_tokens
 
 TOP = 15

@@ -134,7 +134,10 @@ STAGES: tuple[Stage, ...] = (
     Stage("steer_all", lambda r: steering.steer_all(r.lab, r.pair_heads, r.roles), needs_solved=True),
     Stage("steer_query", lambda r: steering.steer_query(r.lab, r.pair_heads, r.roles), needs_solved=True),
     Stage("steer_key", lambda r: steering.steer_key(r.lab, r.pair_heads, r.roles), needs_solved=True),
-    Stage("error_terms", lambda r: error_terms.run(r.lab, r.pair_heads, r.roles)),
+    Stage(
+        "error_terms",
+        lambda r: error_terms.run(r.lab, r.pair_heads, r.roles, r.done["steer_query"].state.get("strength")),
+    ),
     Stage("partners", lambda r: partners.run(r.lab, r.pair_heads, r.roles, r.config.items), needs_solved=True),
     Stage(
         "transfer",
