@@ -2,12 +2,13 @@
 
     x = Σ aᵢ dᵢ + b + e,   a = (x − b) D⁺
 
-The activations are the least-squares coordinates, so the error is orthogonal to every direction.
+The activations are the least-squares coordinates, so the error is orthogonal to every direction. Whitened directions
+(`whitening`) are written in the same way.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,12 +26,15 @@ class Directions:
         labels: the directions' names.
         vectors: per layer, `direction d_model`.
         means: per layer, the bias b.
+        name: what reports call them.
+        about: what else `describe` says of them.
     """
 
     labels: tuple[str, ...]
     vectors: dict[int, Float[Tensor, "direction d_model"]]
     means: dict[int, Float[Tensor, " d_model"]]
     name: str = "directions"
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -59,4 +63,5 @@ class Directions:
 
     def describe(self) -> dict[str, Any]:
         """What results and manifest say of it."""
-        return {"name": self.name, "kind": "directions", "layers": list(self.layers), "n_features": len(self.labels)}
+        about = {"name": self.name, "kind": "directions", "layers": list(self.layers), "n_features": len(self.labels)}
+        return about | self.about
