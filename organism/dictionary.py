@@ -51,6 +51,7 @@ def card(crosscoder: Crosscoder) -> str:
     config, fidelity = crosscoder.config, crosscoder.config.fidelity
     if fidelity is None:
         raise ValueError("measure the dictionary before writing its card")
+    threshold = config.activation.threshold
     rows = "\n".join(
         f"| resid_pre.{m} | {fidelity.l0[m]:.1f} | {fidelity.fraction_variance_unexplained[m]:.3f} | "
         f"{fidelity.loss_recovered[m]:.3f} |"
@@ -61,7 +62,7 @@ def card(crosscoder: Crosscoder) -> str:
 A weakly causal crosscoder: {config.features_per_layer} features read each of resid_pre.{config.layers[0]} to
 resid_pre.{config.layers[-1]} and write that layer and every later one. Trained on the chat checkpoint's own training
 text (held-out items and intents excluded) with BatchTopK, {config.training["active_per_layer"]} active features a token
-and layer on average; a fixed threshold ({config.threshold:.4f}) at inference.
+and layer on average; a fixed threshold ({threshold:.4f}) at inference.
 
 Measured on {CHECKED} documents not used for training, on the stored float16 weights:
 

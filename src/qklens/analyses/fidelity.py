@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.dictionaries.crosscoder import Fidelity
+from qklens.dictionaries.config import Fidelity
 from qklens.dictionaries.source import FeatureSource, fraction_variance_unexplained, write_parts
 from qklens.errors import QklensError
 from qklens.models.batch import Batch, left_padded

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.dictionaries.source import Stream, at_least_float32, check_layer
+from qklens.dictionaries.source import Stream, at_least_float32, check_layer, dense_decode
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,11 @@ class Directions:
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def site(self) -> str:
+        """resid_pre."""
+        return "resid_pre"
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Layers that have directions."""
         return tuple(sorted(self.vectors))
@@ -50,6 +55,10 @@ class Directions:
         check_layer(self, layer)
         residual = at_least_float32(stream(layer))
         return (residual - self.means[layer].to(residual)) @ torch.linalg.pinv(self.vectors[layer].to(residual))
+
+    def decode(self, layer: int, activations: Float[Tensor, "*any direction"]) -> Float[Tensor, "*any d_model"]:
+        """Σ aᵢ dᵢ + b."""
+        return dense_decode(self, layer, activations)
 
     def directions(self, layer: int) -> Float[Tensor, "direction d_model"]:
         """The directions of a layer."""

@@ -11,7 +11,8 @@ import numpy as np
 
 from qklens.analyses.fidelity import measure_fidelity
 from qklens.data.render import CONDITIONS
-from qklens.dictionaries.crosscoder import CONFIG_FILE, Crosscoder, CrosscoderConfig, Fidelity
+from qklens.dictionaries.config import CONFIG_FILE, DictionaryConfig, Fidelity
+from qklens.dictionaries.crosscoder import Crosscoder
 from qklens.errors import QklensError
 from qklens.models.subject import Subject
 from qklens.studies.lab import Lab
@@ -24,7 +25,7 @@ PROMPTS = 96
 """How many of the run's prompts fidelity is measured on, spread over conditions; it takes two passes a layer."""
 
 
-def check_belongs(config: CrosscoderConfig, subject: Subject, folder: Path) -> None:
+def check_belongs(config: DictionaryConfig, subject: Subject, folder: Path) -> None:
     """Refuse a dictionary whose width, layers or recorded model are not this model's.
 
     Raises:

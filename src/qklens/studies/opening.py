@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from qklens.data.items import Dataset, load_dataset
-from qklens.dictionaries.crosscoder import Crosscoder, Fidelity, load_crosscoder
+from qklens.dictionaries.config import Fidelity
+from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder
 from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject

@@ -14,7 +14,7 @@ import numpy as np
 
 from qklens.analyses.contrasts import ROLES
 from qklens.data.items import SHIPPED, load_dataset
-from qklens.dictionaries.crosscoder import Fidelity
+from qklens.dictionaries.config import Fidelity
 from qklens.dictionaries.directions import Directions
 from qklens.dictionaries.source import feature_index
 from qklens.files import sha256_files, write_json
