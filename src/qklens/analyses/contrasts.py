@@ -92,12 +92,12 @@ def contrast_directions(
     vectors, means, shrinkage = {}, {}, {}
     for layer in layers:
         here = readings(layer)
-        rows = {role: contrast(here, role).mean(dim=0) for role in ROLES}
+        rows = [contrast(here, role).mean(dim=0) for role in ROLES]
         if whitened:
-            found = {role: _whiten(here, role, difference, layer) for role, difference in rows.items()}
-            rows = {role: vector for role, (vector, _) in found.items()}
-            shrinkage[layer] = tuple(share for _, share in found.values())
-        vectors[layer] = torch.stack(list(rows.values()))
+            found = [_whiten(here, role, row, layer) for role, row in zip(ROLES, rows, strict=True)]
+            rows = [vector for vector, _ in found]
+            shrinkage[layer] = tuple(share for _, share in found)
+        vectors[layer] = torch.stack(rows)
         everywhere = [here.read(c, i, range(len(p.tokens))) for c, ps in here.prompts.items() for i, p in enumerate(ps)]
         means[layer] = torch.cat(everywhere).mean(dim=0)
     if not whitened:

@@ -8,6 +8,7 @@ The activations are the least-squares coordinates, so the error is orthogonal to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,3 +75,18 @@ class Directions:
         """What results and manifest say of it."""
         about = {"name": self.name, "kind": "directions", "layers": list(self.layers), "n_features": len(self.labels)}
         return about | self.about
+
+
+def joined(parts: Sequence[Directions]) -> Directions:
+    """Directions of the same names at different layers as one source."""
+    first = parts[0]
+    about = dict(first.about)
+    if "shrinkage" in about:
+        about["shrinkage"] = {layer: row for part in parts for layer, row in part.about["shrinkage"].items()}
+    return Directions(
+        first.labels,
+        {layer: rows for part in parts for layer, rows in part.vectors.items()},
+        {layer: mean for part in parts for layer, mean in part.means.items()},
+        first.name,
+        about,
+    )

@@ -2,13 +2,13 @@
 
     aᵢ = gᵢ pᵢ 1[pᵢ > tᵢ],   pᵢ = ⟨r̂ᵢ, x − b⟩,   x = Σ aᵢ rᵢ + b + e
 
-rᵢ is drawn at random, at the length of the dictionary's own dᵢ; r̂ᵢ reads as well as writes. The threshold tᵢ lets feature
-i be active at as many tokens of a given batch as the dictionary's own feature i, and gᵢ makes it as active there in the
-mean. Bias, labels, and which layers a feature reads and writes are the dictionary's. Nothing is trained, which is less
-than the frozen decoders of Korznikov et al. 2026 (arXiv 2602.14111) have: there the encoder is trained around them.
+rᵢ is drawn at random, at the length of the dictionary's own dᵢ; r̂ᵢ reads as well as writes. The threshold tᵢ lets
+feature i be active at as many tokens of a given batch as the dictionary's own feature i, and gᵢ makes it as active
+there in the mean. Bias, labels, and which layers a feature reads and writes are the dictionary's. Nothing is trained;
+the frozen decoders of Korznikov et al. 2026 (arXiv 2602.14111) have an encoder that is trained around them.
 
-Directions are drawn isotropic, or within the covariance of the stream (`covariance`): r = Σ^½ z. A feature has one z for
-all layers that it writes. Contrast directions keep their least-squares coordinates, and only the vectors are drawn.
+Directions are drawn isotropic, or within the covariance of the stream (`covariance`): r = Σ^½ z. A feature has one z
+for all layers that it writes. Contrast directions keep their least-squares coordinates; only the vectors are drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qklens.dictionaries.directions import Directions
-from qklens.dictionaries.source import FeatureSource, Stream, at_least_float32, check_layer
+from qklens.dictionaries.source import FeatureSource, Stream, at_least_float32, check_layer, dense_decode
 from qklens.errors import QklensError
 
 RandomLaw = Literal["isotropic", "covariance"]
@@ -62,6 +62,11 @@ class RandomControl:
         """Layers it writes."""
         return tuple(self.vectors)
 
+    @property
+    def site(self) -> str:
+        """The stream that layers read."""
+        return "resid_pre"
+
     def reads(self, layer: int) -> tuple[int, ...]:
         """The layers that the dictionary reads to write this one."""
         check_layer(self, layer)
@@ -83,6 +88,11 @@ class RandomControl:
     def _along(self, reader: int, at: Tensor, residual: Tensor) -> Tensor:
         unit = torch.nn.functional.normalize(self.vectors[reader][at].to(residual), dim=-1)
         return (residual - self.biases[reader].to(residual)) @ unit.T
+
+    def decode(self, layer: int, activations: Float[Tensor, "*any feature"]) -> Float[Tensor, "*any d_model"]:
+        """Σ aᵢ rᵢ + b."""
+        check_layer(self, layer)
+        return dense_decode(self, layer, activations)
 
     def directions(self, layer: int) -> Float[Tensor, "feature d_model"]:
         """The drawn directions at a layer."""

@@ -2,9 +2,9 @@
 
     w = Σ⁻¹ Δμ,   Σ = (1 − λ) S + λ (tr S / d) I
 
-S is the covariance within the two classes, pooled. Where the stream varies much for other reasons, Δμ leans that way and
-w does not. λ is Ledoit and Wolf's (2004) for pooled rows, at least 1e-3, so that Σ has an inverse however few rows there
-are. w is given the length of Δμ, so that raw strengths mean the same along both.
+S is the covariance within the two classes, pooled. Where the stream varies much for other reasons, Δμ leans that way
+and w does not. λ is Ledoit and Wolf's (2004) for pooled rows, at least 1e-3, so that Σ has an inverse however few rows
+there are. w is given the length of Δμ, so that raw strengths mean the same along both.
 """
 
 from __future__ import annotations

@@ -51,16 +51,21 @@ def check_belongs(config: DictionaryConfig, subject: Subject, folder: Path) -> N
         )
 
 
+def fixed_prompts(lab: Lab) -> list[tuple[int, ...]]:
+    """Prompts of the discovery half that fidelity and a control's densities are measured on, all conditions alike."""
+    by_condition = [lab.prompts(condition, "discovery") for condition in CONDITIONS]
+    prompts = [prompt.tokens for rows in zip(*by_condition, strict=True) for prompt in rows]
+    chosen = np.linspace(0, len(prompts) - 1, min(PROMPTS, len(prompts))).round().astype(int)
+    return [prompts[i] for i in chosen]
+
+
 def measure(lab: Lab, dictionary: Crosscoder, folder: Path) -> Fidelity:
     """Measure a dictionary on prompts of the discovery half, all conditions, and hold it against its card.
 
     Raises:
         QklensError: it leaves more of the variance unexplained than any dictionary may, or far more than its card says.
     """
-    by_condition = [lab.prompts(condition, "discovery") for condition in CONDITIONS]
-    prompts = [prompt.tokens for rows in zip(*by_condition, strict=True) for prompt in rows]
-    chosen = np.linspace(0, len(prompts) - 1, min(PROMPTS, len(prompts))).round().astype(int)
-    measured = measure_fidelity(lab.subject, dictionary, [prompts[i] for i in chosen])
+    measured = measure_fidelity(lab.subject, dictionary, fixed_prompts(lab))
     card = dictionary.config.fidelity
     for layer, fvu in measured.fraction_variance_unexplained.items():
         promised = card.fraction_variance_unexplained.get(layer) if card else None

@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qklens.analyses.fidelity import measure_fidelity, stream_rows
 from qklens.data.items import Dataset, load_dataset
 from qklens.dictionaries.config import Fidelity
 from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder
+from qklens.dictionaries.random_control import random_control
 from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
 from qklens.studies.config import LabConfig
-from qklens.studies.dictionary_fit import check_belongs, measure
+from qklens.studies.dictionary_fit import check_belongs, fixed_prompts, measure
 from qklens.studies.lab import MIN_ITEMS, Lab
 from qklens.studies.letters import choose_letter_form
-from qklens.studies.resources import dictionary_folder, model_folder
+from qklens.studies.resources import SourceChoice, model_folder, source_choice
 
 _NARROW = 512
 
@@ -52,12 +54,30 @@ def load_source(lab: Lab, folder: Path | None) -> tuple[Crosscoder | None, Fidel
 
 
 def ready_lab(config: LabConfig) -> Lab:
-    """A lab with its source: the configuration's dictionary, or the contrast directions of its items."""
-    folder = dictionary_folder(config)
+    """A lab with its source: the configuration's dictionary, the contrast directions of its items, or a control."""
+    choice = source_choice(config)
     lab = open_lab(config)
-    source, _ = load_source(lab, folder)
-    lab.source = source or lab.fit_directions()
+    use_source(lab, choice, *load_source(lab, choice.folder))
     return lab
+
+
+def use_source(lab: Lab, choice: SourceChoice, loaded: Crosscoder | None, fidelity: Fidelity | None) -> Fidelity | None:
+    """Give a lab its source, and say how well it writes the lab's prompts, if it is no set of directions.
+
+    Args:
+        lab: the bench.
+        choice: which source.
+        loaded: its dictionary, from `load_source`.
+        fidelity: the same dictionary's.
+    """
+    lab.source = loaded or lab.fit_directions(whitened=choice.whitened)
+    if choice.law is None:
+        return fidelity
+    with threads_for(lab.subject):
+        tokens = fixed_prompts(lab)
+        rows = stream_rows(lab.subject, tokens, lab.source.layers)
+        lab.source = random_control(lab.source, rows, seed=lab.seed, law=choice.law)
+        return measure_fidelity(lab.subject, lab.source, tokens) if loaded else None
 
 
 @contextmanager

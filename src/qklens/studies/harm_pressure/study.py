@@ -39,7 +39,7 @@ from qklens.studies.harm_pressure import (
 )
 from qklens.studies.journal import Journal, StageOutput, check_folder
 from qklens.studies.lab import Lab
-from qklens.studies.opening import load_source, open_lab, threads_for
+from qklens.studies.opening import load_source, open_lab, threads_for, use_source
 from qklens.studies.progress import StageProgress
 from qklens.studies.resources import Resources, resolve
 from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, HeadsDetails, Results
@@ -156,14 +156,15 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     resources = resolve(config)
     lab = open_lab(config)
     subject = lab.subject
-    source, fidelity = load_source(lab, resources.dictionary)
+    source, fidelity = load_source(lab, resources.source.folder)
     known_roles(source or Directions(tuple(ROLES), {}, {}), config.roles)
     files = {name: inspect_model(path).files for name, path in resources.checkpoints}
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
     hashes[subject.name] = sha256_files(list(inspect_model(resources.model).files))
-    journal = Journal(config.out, _manifest(config, lab, source.sha256 if source else "directions", hashes, command))
+    identity = resources.source.identity(source.sha256 if source else None)
+    journal = Journal(config.out, _manifest(config, lab, identity, hashes, command))
     kept = {stage.name: journal.load(stage.name) for stage in STAGES}
-    lab.source = source or lab.fit_directions()
+    fidelity = use_source(lab, resources.source, source, fidelity)
     run = _Run(config, resources, lab, fidelity, {})
     progress = StageProgress(len(STAGES), quiet=quiet)
     with threads_for(subject), progress.running():
