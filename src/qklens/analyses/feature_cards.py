@@ -14,12 +14,10 @@ from qklens.analyses.card_tally import BEFORE, CardTally, Found, place_sums
 from qklens.analyses.card_values import Passages, ScaleMean
 from qklens.analyses.direct_logits import Ends, direct_logits, nearest_directions
 from qklens.analyses.feature_card import CardToken, Density, Example, FeatureCard, Neighbour, PlaceActivation, Promoted
-from qklens.analyses.passages import GROUPS, Group, Passage
+from qklens.analyses.passages import GROUPS, PLACES, Group, Passage
 from qklens.dictionaries.source import FeatureSource, check_layer
 from qklens.errors import QklensError
 from qklens.models.subject import Subject
-
-PLACES = ("intent", "question", "correct", "incorrect", "instruction", "template_before", "template_after", "answer")
 
 
 def feature_cards(
@@ -136,9 +134,12 @@ def _density(tally: CardTally, group: Group, row: int) -> Density:
 
 
 def _examples(passages: Mapping[Group, Sequence[Passage]], group: Group, found: Sequence[Found]) -> list[Example]:
-    """Examples of a group; of an item's two prompts only the first."""
-    shown = {(passage.item or str(f.passage)): (passage, f) for f in reversed(found) for passage in [passages[group][f.passage]]}
-    return [_example(passage, f) for passage, f in reversed(shown.values())]
+    """Examples of a group, strongest first; of an item's two prompts only the first."""
+    shown: dict[str, Example] = {}
+    for f in found:
+        passage = passages[group][f.passage]
+        shown.setdefault(passage.item or f"{f.passage}.{f.position}", _example(passage, f))
+    return list(shown.values())
 
 
 def _example(passage: Passage, found: Found) -> Example:

@@ -11,10 +11,7 @@ from qklens.data.render import Condition, Order, Prompt
 
 Group = Literal["text", "none", "harm", "benign"]
 GROUPS: tuple[Group, ...] = get_args(Group)
-_PLACES = (
-    "answer", "correct", "incorrect", "option_A", "option_B", "intent", "question", "instruction", "template_before",
-    "template_after",
-)  # fmt: skip
+PLACES = ("intent", "question", "correct", "incorrect", "instruction", "template_before", "template_after", "answer")
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,9 @@ def text_passages(windows: Sequence[TextWindow]) -> list[Passage]:
 
 
 def prompt_passage(prompt: Prompt, condition: Condition, item: str, order: Order) -> Passage:
-    """A rendered prompt; a token in several spans belongs to the first of answer, options, intent, question, others."""
+    """A rendered prompt; the last token is the answer, though the template wrote it."""
     places: list[str | None] = [None] * len(prompt.tokens)
-    for name in reversed(_PLACES):
+    for name in PLACES:
         for position in prompt.spans.get(name, ()):
             places[position] = name
     ends = (*prompt.starts[1:], len(prompt.text))

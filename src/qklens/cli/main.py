@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from qklens.cli import options, show, tables
+from qklens.cli.dict_show import show_feature
 from qklens.cli.options import Data, Device, Dictionary, Dtype, Items, Json, Model, Role, Seed
 from qklens.cli.steer import steer
 from qklens.errors import QklensError, nearest
@@ -23,12 +24,15 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Items: check a data file.")
 model_app = typer.Typer(no_args_is_help=True, help="Models: check that one is read exactly.")
+dict_app = typer.Typer(no_args_is_help=True, help="Dictionaries: show a feature.")
+dict_app.command("show")(show_feature)
 app.command()(tables.heads)
 app.command()(tables.qk)
 app.command()(tables.partners)
 app.command()(steer)
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
+app.add_typer(dict_app, name="dict")
 
 # A wrong option or command; typer gives its base class no public name of its own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
