@@ -8,6 +8,16 @@ from qklens.analyses.passages import Group
 from qklens.strict import Strict
 
 
+class CardText(Strict):
+    """The text that a card was read on."""
+
+    name: str
+    sha256: str = Field(description="of its name and bytes")
+    windows: int
+    tokens: int
+    unknown: float = Field(description="share of tokens that stand for unknown words")
+
+
 class CardToken(Strict):
     """One token of an example."""
 

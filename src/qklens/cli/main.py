@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from qklens.cli import options, show, tables
+from qklens.cli.data_corpus import write_corpus
 from qklens.cli.dict_show import show_feature
 from qklens.cli.options import Data, Device, Dictionary, Dtype, Items, Json, Model, Role, Seed
 from qklens.cli.steer import steer
@@ -22,10 +23,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(no_args_is_help=True, help="Items: check a data file.")
+data_app = typer.Typer(no_args_is_help=True, help="Items and chats: check a data file, write a corpus.")
 model_app = typer.Typer(no_args_is_help=True, help="Models: check that one is read exactly.")
 dict_app = typer.Typer(no_args_is_help=True, help="Dictionaries: show a feature.")
 dict_app.command("show")(show_feature)
+data_app.command("corpus")(write_corpus)
 app.command()(tables.heads)
 app.command()(tables.qk)
 app.command()(tables.partners)

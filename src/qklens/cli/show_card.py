@@ -1,6 +1,6 @@
 """A feature's card on the terminal: highlights by colour, or by marks where there is none.
 
-All tokens and labels are foreign text: each loses what could move a cursor or reorder a line, and none is read as markup.
+All tokens and labels are foreign text: they lose what could move a cursor or reorder a line, and are never markup.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _lines(shown: ShownCard, top: int, colour: bool) -> list[Text]:
         ),
         "",
         "logit: W_U (C d γ) / σ of the unit direction past all later layers, less the vocabulary's mean; positive",
-        f"promotes; the final norm's scale σ is held at {c.logit_scale:.3g}. First tokens of texts and prompts are left out.",
+        f"promotes; the final norm's σ is held at {c.logit_scale:.3g}. First tokens of texts and prompts do not count.",
     ]
     if text.unknown > 0.05:
         rest.append(f"note: {100 * text.unknown:.0f}% of the text's words are unknown to the tokenizer")
@@ -95,7 +95,7 @@ def _lines(shown: ShownCard, top: int, colour: bool) -> list[Text]:
 
 
 def marked(example: Example, c: FeatureCard, colour: bool) -> Text:
-    """One example: active tokens shaded by strength; without colour the token itself in [[ ]], other strong ones in [ ]."""
+    """One example: active tokens shaded; without colour the token itself is in [[ ]] and other strong ones in [ ]."""
     most = max((max(abs(d.largest), abs(d.least)) for d in c.density if d.group == example.group), default=0.0)
     where = example.where if example.place is None else f"{example.where}, {example.place}"
     line = Text(printable(f"  {example.activation:8.3f}  "))

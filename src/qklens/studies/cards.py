@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from qklens.analyses.card_values import Passages, ScaleMean, Values, read_values
-from qklens.analyses.feature_card import FeatureCard
+from qklens.analyses.feature_card import CardText, FeatureCard
 from qklens.analyses.feature_cards import feature_cards
 from qklens.analyses.passages import Passage, prompt_passage, text_passages
 from qklens.analyses.text_windows import text_windows
@@ -26,16 +26,6 @@ from qklens.studies.opening import ready_lab, threads_for
 from qklens.studies.results import Results
 
 WIDTH, WINDOWS = 128, 256
-
-
-class CardText(Strict):
-    """The text that a card was read on."""
-
-    name: str
-    sha256: str = Field(description="of its name and bytes")
-    windows: int
-    tokens: int
-    unknown: float = Field(description="share of tokens that stand for unknown words")
 
 
 class ShownCard(Strict):

@@ -26,6 +26,7 @@ from qklens.studies.config import StudyConfig
 from qklens.studies.harm_pressure import (
     behaviour,
     belief,
+    cards,
     certainty,
     error_terms,
     heads,
@@ -130,6 +131,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "interactions", lambda r: interactions.run(r.lab, r.heads, r.done["belief"].state["feature"], r.config.roles)
     ),
+    Stage("cards", lambda r: cards.run(r.lab, r.done["interactions"].state["layer"], r.roles)),
     Stage("zscores", lambda r: zscores.run(r.lab, r.pair_heads, r.roles)),
     Stage("steer_all", lambda r: steering.steer_all(r.lab, r.pair_heads, r.roles), needs_solved=True),
     Stage("steer_query", lambda r: steering.steer_query(r.lab, r.pair_heads, r.roles), needs_solved=True),
