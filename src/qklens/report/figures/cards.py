@@ -19,7 +19,7 @@ def cards(results: Results) -> Drawing | None:
     """Histograms of log activation, one panel a feature and one line a group of tokens."""
     if not results.cards:
         return None
-    panels = [_panel(card, last=i >= len(results.cards) - 2) for i, card in enumerate(results.cards)]
+    panels = [_panel(card) for card in results.cards]
     rows = [alt.hconcat(*panels[i : i + 2], spacing=34) for i in range(0, len(panels), 2)]
     return style.finish(
         alt.vconcat(*rows, spacing=20).resolve_scale(color="shared"),
@@ -28,12 +28,12 @@ def cards(results: Results) -> Drawing | None:
     )
 
 
-def _panel(card: FeatureCard, *, last: bool) -> Drawing:
+def _panel(card: FeatureCard) -> Drawing:
     points = [point for density in card.density for point in _steps(density)]
     groups = [density.group for density in card.density]
     shares = style.chart(points)
     lines = shares.mark_line(interpolate="step-after", strokeWidth=1.8).encode(
-        x=alt.X("at:Q", title="log\u2081\u2080 |activation|" if last else None, scale={"nice": False, "zero": False}),
+        x=alt.X("at:Q", title="log\u2081\u2080 |activation|", scale={"nice": False, "zero": False}),
         y=alt.Y("share:Q", title=None, axis={"format": ".0%", "tickCount": 3}),
         color=alt.Color(
             "group:N",
