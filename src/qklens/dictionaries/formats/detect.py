@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -14,6 +14,7 @@ from qklens.dictionaries.formats import dictionary_learning, gemma_scope, gemma_
 from qklens.errors import QklensError
 
 
+@runtime_checkable
 class _Format(Protocol):
     """What each module of a format has."""
 

@@ -69,22 +69,21 @@ def refuse_full(folder: Path) -> None:
 
 
 def _exact_layer(dictionary: Crosscoder, layer: int | None) -> int:
-    layers = dictionary.layers
+    layers, name = dictionary.layers, f"dictionary {dictionary.name!r}"
+    first = layers[0]
     if layer is not None and layer not in layers:
-        raise QklensError(
-            f"--layer {layer}: dictionary {dictionary.name!r} writes layers {list(layers)}; choose one of them"
-        )
+        raise QklensError(f"--layer {layer}: {name} writes layers {list(layers)}; choose one of them")
     if layer is None and len(layers) > 1:
         raise QklensError(
-            f"dictionary {dictionary.name!r} is a crosscoder of layers {list(layers)}: its features write several layers, "
-            f"which a SAELens directory cannot hold; --layer {layers[0]} exports the first layer's features, which are an "
-            "autoencoder of that layer"
+            f"{name} is a crosscoder of layers {list(layers)}: its features write several layers, which a SAELens "
+            f"directory cannot hold; --layer {first} exports the features that read resid_pre.{first}, which are an "
+            "autoencoder of that layer by themselves"
         )
-    chosen = layers[0] if layer is None else layer
-    if chosen != layers[0]:
+    chosen = first if layer is None else layer
+    if chosen != first:
         raise QklensError(
-            f"--layer {chosen}: features that read layers {list(layers[: layers.index(chosen)])} write it too, so that its "
-            f"own features alone are no autoencoder of it; only --layer {layers[0]} is exact"
+            f"--layer {chosen}: features that read earlier layers of {name} write it too; its own features alone "
+            f"are no autoencoder of it, only those of --layer {first} are"
         )
     return chosen
 

@@ -33,7 +33,8 @@ _BATCH = ("batchtopk", "matryoshka_batchtopk")
 _KNOWN = (
     "activation_fn", "activation_fn_str", "activation_fn_kwargs", "hook_name", "hook_point", "hook_name_out",
     "hook_layer", "hook_point_layer", "hook_head_index", "hook_point_head_index", "d_in", "d_out", "d_sae", "k",
-    "model_name", "model_class_name", "normalize_sae_decoder", "sae_lens_version", "sae_lens_training_version", "dtype", "device",
+    "model_name", "model_class_name", "normalize_sae_decoder", "sae_lens_version", "sae_lens_training_version",
+    "dtype", "device",
 )  # fmt: skip
 
 
