@@ -43,7 +43,7 @@ def _panel(card: FeatureCard) -> Drawing:
     )
     words = " and ".join(map(role_words, card.roles))
     title = words if card.roles == [card.feature] else f"{shorten(card.feature, 16)}: {words}"
-    return lines.properties(width=_PANEL, height=_HEIGHT, title=style.heading(shorten(title, 52)))
+    return lines.properties(width=_PANEL, height=_HEIGHT, title=style.heading(shorten(title, 44)))
 
 
 def _steps(density: Density) -> list[Row]:
