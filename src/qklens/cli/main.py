@@ -13,7 +13,7 @@ import typer
 
 from qklens.cli import options, show, tables
 from qklens.cli.data_corpus import write_corpus
-from qklens.cli.dict_show import show_feature
+from qklens.cli.dict_app import dict_app
 from qklens.cli.options import Data, Device, Dictionary, Dtype, Items, Json, Model, Role, Seed
 from qklens.cli.steer import steer
 from qklens.errors import QklensError, nearest
@@ -25,8 +25,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Items and chats: check a data file, write a corpus.")
 model_app = typer.Typer(no_args_is_help=True, help="Models: check that one is read exactly.")
-dict_app = typer.Typer(no_args_is_help=True, help="Dictionaries: show a feature.")
-dict_app.command("show")(show_feature)
 data_app.command("corpus")(write_corpus)
 app.command()(tables.heads)
 app.command()(tables.qk)
