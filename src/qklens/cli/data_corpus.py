@@ -18,7 +18,8 @@ def write_corpus(
     model: Model = "organism",
     template: Annotated[bool, typer.Option("--template", help="Template answers; no model is loaded.")] = False,
     count: Annotated[
-        list[str] | None, typer.Option(help="Chats of a kind, as mcq=300, or of every kind, as 100; repeat.")
+        list[str] | None,
+        typer.Option(help="Chats of a kind, as mcq=300, or of every kind, as 30; repeat. Else 40 of every kind."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy; else answers are drawn, with the seed.")] = 0.0,
     most_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 48,
@@ -42,7 +43,7 @@ def write_corpus(
     from qklens.studies.progress import stepping
     from qklens.studies.resources import model_folder
 
-    counts = dict.fromkeys(KINDS, 100 if count is None else 0)
+    counts = dict.fromkeys(KINDS, 40 if count is None else 0)
     for text in count or ():
         kind, equals, number = text.rpartition("=")
         if not number.isdecimal() or (equals and kind not in KINDS):

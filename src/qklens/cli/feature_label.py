@@ -136,6 +136,7 @@ def _post(endpoint: LabelEndpoint, body: bytes) -> bytes:
                     raise TimeoutError
             return bytes(data)
     except urllib.error.HTTPError as error:
+        error.close()
         raise NoLabelError(f"no label: {endpoint.url} answered with status {error.code}") from None
     except TimeoutError:
         raise NoLabelError(f"no label: {endpoint.url} gave none within {endpoint.seconds:g} seconds") from None

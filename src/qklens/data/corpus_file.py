@@ -41,7 +41,7 @@ class CorpusRequest(Strict):
         most_tokens: of an answer.
     """
 
-    counts: dict[Kind, int] = Field(default_factory=lambda: dict.fromkeys(KINDS, 100))
+    counts: dict[Kind, int] = Field(default_factory=lambda: dict.fromkeys(KINDS, 40))
     data: str = "harm_pressure"
     seed: int = 0
     temperature: float = Field(default=0.0, ge=0)
