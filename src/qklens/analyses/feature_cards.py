@@ -65,7 +65,7 @@ def feature_cards(
     chosen = torch.tensor(list(features), device=directions.device)
     near = nearest_directions(directions, chosen, k, centred=subject.family.norm.centred)
     logits = direct_logits(subject, directions[chosen], scale.value(), k)
-    passages = {group.group: group.passages for group in groups}
+    passages: dict[Group, Sequence[Passage]] = {group.group: group.passages for group in groups}
     cards = []
     for row, feature in enumerate(features):
         label = source.labels[feature]

@@ -14,7 +14,7 @@ from qklens.analyses.feature_card import CardText, FeatureCard
 from qklens.analyses.feature_cards import feature_cards
 from qklens.analyses.passages import Passage, prompt_passage, text_passages
 from qklens.analyses.text_windows import text_windows
-from qklens.data.render import CONDITIONS, ORDERS, Condition
+from qklens.data.render import CONDITIONS, ORDERS, Condition, Order
 from qklens.dictionaries.source import feature_index
 from qklens.errors import QklensError
 from qklens.files import read_json, sha256_files
@@ -155,7 +155,7 @@ def _same_source(results: Results, about: Mapping[str, Any], run: Path) -> None:
 
 def _prompts(lab: Lab, condition: Condition, half: Half, layer: int, chosen: torch.Tensor, written: bool) -> Passages:
     prompts = lab.prompts(condition, half)
-    names = [(item.id, order) for item in lab.halves[half] for order in ORDERS]
+    names: list[tuple[str, Order]] = [(item.id, order) for item in lab.halves[half] for order in ORDERS]
     passages: list[Passage] = [
         prompt_passage(prompt, condition, item, order) for prompt, (item, order) in zip(prompts, names, strict=True)
     ]
