@@ -34,6 +34,13 @@ class SparseSource:
         before = before / before.std(dim=-1, keepdim=True).clamp(min=1e-9)
         return before * (before > self.threshold) * self.sign.to(x)
 
+    @property
+    def site(self) -> str:
+        return "resid_pre"
+
+    def decode(self, layer: int, activations: Tensor) -> Tensor:
+        return activations @ self.decoder.to(activations) + self.mean.to(activations)
+
     def directions(self, layer: int) -> Tensor:
         return self.decoder
 

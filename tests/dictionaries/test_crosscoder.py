@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qklens.dictionaries.crosscoder import Crosscoder, CrosscoderConfig, load_crosscoder, save_crosscoder
+from qklens.dictionaries.activation import Threshold
+from qklens.dictionaries.config import DictionaryConfig
+from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder, save_crosscoder
 from qklens.dictionaries.source import feature_index, write_parts
 from qklens.errors import QklensError
 
@@ -26,14 +28,13 @@ def random_crosscoder(seed: int = 0, layers: tuple[int, ...] = (0, 2, 5), group:
     for i, layer in enumerate(layers):
         decoder[layer] = torch.cat([normal((i + 1) * group, width), torch.zeros((len(layers) - i - 1) * group, width)])
     return Crosscoder(
-        config=CrosscoderConfig(
-            format="qklens-crosscoder-1",
+        config=DictionaryConfig(
+            format="qklens-dictionary-2",
             name="random",
             layers=layers,
             features_per_layer=group,
             d_model=width,
-            activation="threshold",
-            threshold=0.4,
+            activation=Threshold(threshold=0.4),
             site="resid_pre",
             model_sha256="ab" * 32,
             training={"seed": seed},
@@ -100,7 +101,7 @@ def test_encode_equals_a_plain_loop() -> None:
                 for d in range(crosscoder.config.d_model):
                     centred = float(x[reader][row, d]) - float(crosscoder.decoder_bias[reader][d])
                     before += centred * float(crosscoder.encoder[reader][i, d])
-                activations.append(before if before > crosscoder.config.threshold else 0.0)
+                activations.append(before if before > crosscoder.config.activation.threshold else 0.0)
         expected.append(activations)
     got = crosscoder.encode(5, x.__getitem__)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)

@@ -233,6 +233,7 @@ def test_a_stage_without_rows_has_no_figure(make: Callable[..., Results]) -> Non
         origin=[],
         interactions=[],
         interaction_shares=[],
+        cards=[],
     )
     drawn = set(draw(results))
     assert drawn == {"behaviour", "belief", "heads", "verdict"}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from qklens.analyses.feature_card import CardText, FeatureCard
 from qklens.analyses.weighting import Kind
 from qklens.strict import Strict
 from qklens.studies.result_types import Condition, HeadIndex, Interval
@@ -283,6 +284,8 @@ class Results(Strict):
     roles: list[RoleCandidate]
     interactions: list[InteractionRow]
     interaction_shares: list[InteractionShare]
+    cards: list[FeatureCard] = Field(default_factory=list, description="of the roles' features; prompts: report half")
+    card_text: CardText | None = Field(default=None, description="the text that the cards were read on")
     zscores: list[ZScore]
     null_histograms: list[NullHistogram]
     steering: list[Steering]

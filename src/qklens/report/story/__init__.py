@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qklens.report.story import attention, closing, know, steering
+from qklens.report.story import attention, cards, closing, know, steering
 from qklens.report.story.error_terms import error_terms
 from qklens.report.story.headline import MECHANISM_WORDS, KeyNumber, caveats, headline, key_numbers
 from qklens.report.story.origin import origin
@@ -19,6 +19,7 @@ def sections(results: Results) -> tuple[Section, ...]:
         know.belief(results),
         attention.heads(results),
         attention.interactions(results),
+        cards.cards(results),
         attention.zscores(results),
         steering.section(results, "steer_all"),
         steering.section(results, "steer_query"),

@@ -14,7 +14,7 @@ import numpy as np
 
 from qklens.analyses.contrasts import ROLES
 from qklens.data.items import SHIPPED, load_dataset
-from qklens.dictionaries.crosscoder import Fidelity
+from qklens.dictionaries.config import Fidelity
 from qklens.dictionaries.directions import Directions
 from qklens.dictionaries.source import feature_index
 from qklens.files import sha256_files, write_json
@@ -26,6 +26,7 @@ from qklens.studies.config import StudyConfig
 from qklens.studies.harm_pressure import (
     behaviour,
     belief,
+    cards,
     certainty,
     error_terms,
     heads,
@@ -39,7 +40,7 @@ from qklens.studies.harm_pressure import (
 )
 from qklens.studies.journal import Journal, StageOutput, check_folder
 from qklens.studies.lab import Lab
-from qklens.studies.opening import load_source, open_lab, threads_for
+from qklens.studies.opening import load_source, open_lab, threads_for, use_source
 from qklens.studies.progress import StageProgress
 from qklens.studies.resources import Resources, resolve
 from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, HeadsDetails, Results
@@ -130,6 +131,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "interactions", lambda r: interactions.run(r.lab, r.heads, r.done["belief"].state["feature"], r.config.roles)
     ),
+    Stage("cards", lambda r: cards.run(r.lab, r.done["interactions"].state["layer"], r.roles)),
     Stage("zscores", lambda r: zscores.run(r.lab, r.pair_heads, r.roles)),
     Stage("steer_all", lambda r: steering.steer_all(r.lab, r.pair_heads, r.roles), needs_solved=True),
     Stage("steer_query", lambda r: steering.steer_query(r.lab, r.pair_heads, r.roles), needs_solved=True),
@@ -159,14 +161,15 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     resources = resolve(config)
     lab = open_lab(config)
     subject = lab.subject
-    source, fidelity = load_source(lab, resources.dictionary)
+    source, fidelity = load_source(lab, resources.source.folder)
     known_roles(source or Directions(tuple(ROLES), {}, {}), config.roles)
     files = {name: inspect_model(path).files for name, path in resources.checkpoints}
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
     hashes[subject.name] = sha256_files(list(inspect_model(resources.model).files))
-    journal = Journal(config.out, _manifest(config, lab, source.sha256 if source else "directions", hashes, command))
+    identity = resources.source.identity(source.sha256 if source else None)
+    journal = Journal(config.out, _manifest(config, lab, identity, hashes, command))
     kept = {stage.name: journal.load(stage.name) for stage in STAGES}
-    lab.source = source or lab.fit_directions()
+    fidelity = use_source(lab, resources.source, source, fidelity)
     run = _Run(config, resources, lab, fidelity, {})
     progress = StageProgress(len(STAGES), quiet=quiet)
     with threads_for(subject), progress.running():
