@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qklens.dictionaries.source import Stream
+from qklens.dictionaries.source import Stream, dense_decode
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class SparseSource:
         return "resid_pre"
 
     def decode(self, layer: int, activations: Tensor) -> Tensor:
-        return activations @ self.decoder.to(activations) + self.mean.to(activations)
+        return dense_decode(self, layer, activations)
 
     def directions(self, layer: int) -> Tensor:
         return self.decoder

@@ -16,6 +16,7 @@ from qklens.analyses.nulls import Population, feature_pairs, null_tests
 from qklens.analyses.weighting import CONTRASTIVE, REALISED, SHARE, Weighting
 from qklens.analyses.written import WrittenPrompt, write_prompts
 from qklens.data.render import PARTS, LetterForm, Prompt, render
+from qklens.dictionaries.source import dense_decode
 from qklens.models.batch import left_padded
 from qklens.models.scores import offset_rotation, score_maps, virtual_interaction
 from qklens.models.subject import Subject, wrap_model
@@ -113,7 +114,10 @@ class Reordered:
         self.source, self.original, self.order = source, original, order
         self.name, self.labels, self.layers = source.name, source.labels, source.layers
         self.reads, self.directions, self.bias = source.reads, source.directions, source.bias
-        self.describe = source.describe
+        self.describe, self.site = source.describe, source.site
+
+    def decode(self, layer, activations):
+        return dense_decode(self, layer, activations)
 
     def encode(self, layer, stream):
         return self.original.encode(layer, stream)[..., self.order]
@@ -137,7 +141,10 @@ class Rescaled:
     def __init__(self, source: SparseSource, scale: torch.Tensor) -> None:
         self.source, self.scale = source, scale
         self.name, self.labels, self.layers = source.name, source.labels, source.layers
-        self.reads, self.bias, self.describe = source.reads, source.bias, source.describe
+        self.reads, self.bias, self.describe, self.site = source.reads, source.bias, source.describe, source.site
+
+    def decode(self, layer, activations):
+        return dense_decode(self, layer, activations)
 
     def directions(self, layer):
         return self.source.directions(layer).double() * self.scale[:, None]

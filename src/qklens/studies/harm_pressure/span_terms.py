@@ -23,4 +23,4 @@ def span_terms(lab: Lab, head: Head, condition: Condition, half: Half, spans: Se
         queries.append(lens.query(parts, prompt.spans["answer"][0]))
         keys.append(lens.keys(parts, weights))
     share = tuple(1 / len(prompts) for _ in prompts)
-    return PairTerms(lens.names, lens.maps.scale, tuple(queries), tuple(keys), share)
+    return PairTerms(lens.names, lens.maps.scale, tuple(queries), tuple(keys), share, (None,) * len(prompts))
