@@ -49,8 +49,8 @@ class PairTerms:
         query: one a prompt.
         key: one a prompt, summed over key tokens with the weighting.
         weights: w_p, how much each prompt counts: one over their number, negative where they are taken off.
-        logsumexp: what the weighting is the gradient of, one a prompt; None where the head does not see a span, or where
-            the weights are the gradient of nothing.
+        logsumexp: what the weighting is the gradient of, one a prompt; None where the head does not see a span, or
+            where the weights are the gradient of nothing.
     """
 
     names: tuple[str, ...]
