@@ -16,7 +16,7 @@ from qklens.analyses.lens import head_lens
 from qklens.analyses.readings import read_streams
 from qklens.analyses.replaced_error import REPLACEMENTS
 from qklens.analyses.written import write_prompts
-from qklens.dictionaries.source import Stream
+from qklens.dictionaries.source import Stream, dense_decode
 from qklens.interventions.engine import Workset
 from qklens.models.scores import score_maps
 from qklens.models.subject import Subject
@@ -33,6 +33,7 @@ class Axes:
 
     left_out: float
     name: str = "axes"
+    site: str = "resid_pre"
     layers: tuple[int, ...] = (1,)
     labels: tuple[str, ...] = tuple(f"axis {i}" for i in range(WIDTH))
 
@@ -41,6 +42,9 @@ class Axes:
 
     def encode(self, layer: int, stream: Stream) -> Tensor:
         return stream(layer)
+
+    def decode(self, layer: int, activations: Tensor) -> Tensor:
+        return dense_decode(self, layer, activations)
 
     def directions(self, layer: int) -> Tensor:
         scale = torch.ones(WIDTH)
