@@ -114,7 +114,7 @@ def source_choice(config: LabConfig) -> SourceChoice:
     if name in (DIRECTIONS, WHITENED):
         return SourceChoice(None, name == WHITENED, law)
     folder = shipped if name == SHIPPED_ORGANISM else Path(name).expanduser()
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         known = [*_CONTROLS, DIRECTIONS, WHITENED, SHIPPED_ORGANISM]
         raise QklensError(
             f"--dictionary {config.dictionary}: no such directory; expected one, {DIRECTIONS!r} or {WHITENED!r}, each "
