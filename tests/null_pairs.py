@@ -9,7 +9,7 @@ import torch
 from qklens.analyses.nulls import NullName, Pairs, Population, null_tests
 from qklens.models.scores import Rotation, ScoreMaps, offset_rotation, score_maps
 
-WIDTH, CLUSTERS, CLUSTER, DEAD = 32, 5, 64, 320
+WIDTH, CLUSTERS, CLUSTER, DEAD = 32, 8, 32, 256
 HELD = {"query": 1, "key": 3}
 HELD_FEATURE = 2 * CLUSTER
 SMALL = 6
@@ -22,9 +22,9 @@ def one_head(subject) -> Head:
 
 
 def clustered(seed: int) -> Population:
-    """Five clusters of 64 features alike in frequency and norm, each about a direction of its own; then dead ones.
+    """Eight clusters of 32 features alike in frequency and norm, each about a direction of its own; then dead ones.
 
-    The 64 nearest features of any member are its cluster, so that the neighbourhood `matched` draws from is known.
+    Halved three times at the median they fall into the clusters, so that the cell `matched` draws from is known.
     """
     generator = torch.Generator().manual_seed(seed)
 

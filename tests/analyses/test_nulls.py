@@ -158,6 +158,36 @@ def test_matched_draws_look_like_their_feature(features):
     ).abs().mean()
 
 
+def test_cells_part_the_alive_features_by_frequency_and_norm(features):
+    """A feature shares its cell with those that share theirs with it: neighbourhoods of each would not do that."""
+    norms = features.vectors.norm(dim=-1)
+    cells = {}
+    for i in features.alive.nonzero()[:, 0].tolist():
+        cells[i] = tuple(features.cell(features.vectors[i], float(features.frequency[i])).tolist())
+        assert i in cells[i]
+    distinct = set(cells.values())
+    assert sum(map(len, distinct)) == len(cells), "cells overlap"
+    assert min(map(len, distinct)) >= 32
+    assert len(distinct) >= 6
+    for values in (features.frequency.log(), norms.log()):
+        within = sum(float(values[list(cell)].var()) * len(cell) for cell in distinct) / len(cells)
+        assert within < 0.7 * float(values[features.alive].var())
+
+
+def test_few_alive_features_are_one_cell(features):
+    alive = torch.arange(N_FEATURES) < 40
+    some = Population(features.vectors, features.frequency, alive, features.covariance_root)
+    assert some.cell(features.vectors[399], 0.9).tolist() == list(range(40))
+
+
+def test_draws_beyond_a_block_are_draws_of_the_same_null(head, features):
+    pairs = feature_pairs(features, features, [(3, 4)])
+    few, many = (one_test("random_pairs", head, features, features, pairs, n=n) for n in (400, 20_000))
+    assert len(many.draws) == 20_000
+    assert len(many.draws.unique()) > 10_000
+    assert float(many.draws.std()) == pytest.approx(float(few.draws.std()), rel=0.15)
+
+
 def test_a_small_source_draws_from_the_covariance_and_says_so(head, features, few):
     pairs = pairs_of((few.vectors[0], few.vectors[1], 1.0, 1.0))
     for null in ("random_pairs", "matched", "fixed_query", "fixed_key"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partialmethod
 
 import pytest
@@ -13,12 +15,12 @@ from qklens.analyses.decompose import decompose
 from qklens.analyses.interactions import PairTerms, mean_terms, refuse_silence
 from qklens.analyses.lens import HeadLens, Sources, head_lens
 from qklens.analyses.weighting import CONTRASTIVE, REALISED, SHARE, Weighting
-from qklens.analyses.written import WrittenPrompt, write_prompts
+from qklens.analyses.written import Active, WrittenPrompt, write_prompts
 from qklens.data.render import LetterForm, Prompt, render
 from qklens.errors import QklensError
 from qklens.models.batch import left_padded
 from qklens.models.trace import trace
-from sparse_source import SparseSource, sparse_source
+from sparse_source import sparse_source
 
 LAYER, HEAD, N_FEATURES = 1, 3, 120
 
@@ -219,19 +221,40 @@ def test_no_tensor_is_larger_than_a_block_with_thousands_of_features_active(monk
 
 
 def test_a_side_without_any_active_feature_is_refused(lens, prompts, written):
-    deaf = SparseSource(**{**lens.source.__dict__, "threshold": 1e9})
-    silent = HeadLens(**{**lens.__dict__, "source": deaf})
-    streams = [{LAYER: w.residual} for w in written]
-    nothing = write_prompts(lens.subject, deaf, lens.maps, streams)
+    """Every span that is weighed counts, whatever else `share` reads."""
+
+    def silenced(one: WrittenPrompt, positions: Sequence[int]) -> WrittenPrompt:
+        spoken = ~torch.isin(one.active.position, torch.tensor(list(positions)))
+        kept = Active(
+            one.active.position[spoken], one.active.feature[spoken], one.active.value[spoken],
+            one.active.n_tokens, one.active.n_features,
+        )  # fmt: skip
+        return replace(one, active=kept)
+
     for weighting in (REALISED, CONTRASTIVE, Weighting("share", "intent")):
-        good, bad = (mean_terms(lens, prompts, w, weighting) for w in (written, nothing))
-        refuse_silence(good, lens, weighting)
-        one_side = PairTerms(good.names, good.scale, good.query, bad.key, good.weights, good.logsumexp)
-        other_side = PairTerms(good.names, good.scale, bad.query, good.key, good.weights, good.logsumexp)
-        with pytest.raises(QklensError, match=r"span .*key side"):
-            refuse_silence(one_side, silent, weighting)
+        for name in weighting.spans():
+            quiet = [silenced(w, p.span(name)) for w, p in zip(written, prompts, strict=True)]
+            with pytest.raises(QklensError, match=rf"active at span {name} in any.*key side"):
+                refuse_silence(lens, prompts, quiet, weighting, mean_terms(lens, prompts, quiet, weighting))
+            some = [quiet[0], *written[1:]]
+            refuse_silence(lens, prompts, some, weighting, mean_terms(lens, prompts, some, weighting))
+        quiet = [silenced(w, p.spans["answer"]) for w, p in zip(written, prompts, strict=True)]
         with pytest.raises(QklensError, match=r"answer position .*query side"):
-            refuse_silence(other_side, silent, weighting)
-        assert sum(good.absolute_shares().values()) == pytest.approx(1)
-        one_speaks = mean_terms(lens, prompts[:2], [nothing[0], written[1]], weighting)
-        refuse_silence(one_speaks, lens, weighting)
+            refuse_silence(lens, prompts, quiet, weighting, mean_terms(lens, prompts, quiet, weighting))
+        terms = mean_terms(lens, prompts, written, weighting)
+        refuse_silence(lens, prompts, written, weighting, terms)
+        assert sum(terms.absolute_shares().values()) == pytest.approx(1)
+
+
+def test_a_span_outside_the_window_is_not_called_silent(lens, prompts, written):
+    near = replace(lens, maps=replace(lens.maps, window=1))
+    for weighting in (REALISED, CONTRASTIVE, Weighting("share", "intent")):
+        terms = mean_terms(near, prompts, written, weighting)
+        with pytest.raises(QklensError, match=r"window is 1 tokens\) does not see '"):
+            refuse_silence(near, prompts, written, weighting, terms)
+
+
+def test_no_pair_is_no_column(lens, prompts, written):
+    terms = mean_terms(lens, prompts, written, REALISED)
+    assert terms.by_prompt([]).shape == (len(prompts), 0)
+    assert terms.by_prompt([(0, 1)]).shape == (len(prompts), 1)

@@ -52,6 +52,7 @@ OWN = [
     (QK, ("--span", "intent"), "span 'intent' is not in the bare question"),
     (QK, ("--nulls", "random"), "--nulls 'random': expected some of"),
     (QK, ("--draws", "2"), "--draws 2: a null needs at least 30 pairs"),
+    (QK, ("--draws", "100000000"), "at most 100000"),
     (PARTNERS, ("--side", "both"), "--side 'both': expected 'query' or 'key'"),
     (PARTNERS, ("--offset", "-1"), "--offset -1: a query sees keys at or before it"),
     (PARTNERS, ("--all-heads",), "--heads and --all-heads contradict each other"),

@@ -200,6 +200,35 @@ def test_q_of_a_role_s_pair_is_over_such_pairs_and_of_another_over_all_that_were
     assert len(roles) >= 4
 
 
+def test_a_head_that_reads_no_difference_has_no_pair_of_it(tiny_llama, items):
+    """At layer 0 options and answer are the same under either intent; the other head keeps its pairs."""
+    lab = lab_of(tiny_llama(), items[:6])
+    lab.source = sparse_source(lab.subject.d_model, N, (0, 1))
+    table = table_of(lab, NAMED, heads=((0, 0), (1, 0)), readings=("harm", "harm-benign"))
+    nothing = reading_of(table, (0, 0), "harm-benign")
+    assert nothing.score == pytest.approx(0, abs=1e-5)
+    assert nothing.pairs == [] or max(abs(pair.value) for pair in nothing.pairs) < 1e-5
+    assert reading_of(table, (1, 0), "harm-benign").pairs[0].listed == "all"
+
+
+def test_nulls_are_of_the_tokens_that_are_weighed(lab):
+    """Options are compared with what intent and options hold, a span elsewhere with what it holds itself."""
+    table = table_of(lab, weighting=Weighting("realised", "question"), readings=("none",), nulls=("matched",), top=8)
+    assert table.null_keys == ["question"]
+    assert table_of(lab, readings=("none",), nulls=("matched",)).null_keys == ["intent", "correct", "incorrect"]
+    head = (1, 0)
+    own, usual = (populations(lab, 1, spans)[1] for spans in (("question",), ("intent", "correct", "incorrect")))
+    assert not torch.equal(own.frequency, usual.frequency)
+    pair = next(p for p in reading_of(table, head, "none").pairs if p.tests)
+    index = [tuple(lab.source.labels.index(name) for name in (pair.query, pair.key))]
+    queries, maps, turn = populations(lab, 1)[0], score_maps(lab.subject, 1), lab.mean_turn(1)
+    (test,) = pair.tests
+    again = null_tests(
+        "matched", maps, 0, turn, queries, own, feature_pairs(queries, own, index), n=DRAWS, seed=test.seed
+    )
+    assert (test.z, test.p) == (pytest.approx(again[0].z, abs=1e-4), again[0].p)
+
+
 def test_a_recorded_seed_gives_the_test_again(lab, table):
     checked = set()
     for reading in table.readings:

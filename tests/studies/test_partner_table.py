@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from qklens.dictionaries.crosscoder import load_crosscoder
 from qklens.errors import QklensError
 from qklens.models.scores import rotation, score_maps, virtual_interaction
+from qklens.studies import lab as lab_module
 from qklens.studies.choices import belief_candidates
 from qklens.studies.config import LabConfig
 from qklens.studies.lab import Lab
@@ -174,3 +176,24 @@ def test_a_role_that_is_not_asked_for_is_refused_before_anything_is_loaded(roles
     for feature in (FEATURE, "need_answer"):
         with pytest.raises(QklensError, match=f"--role {next(iter(roles))}: expected the role that --feature asks for"):
             partner_table(config, PartnerRequest(feature))
+
+
+def test_no_distance_beyond_a_sliding_window_counts(lab, monkeypatch):
+    def with_window(window: int):
+        narrow = lambda subject, layer: replace(score_maps(subject, layer), window=window)  # noqa: E731
+        monkeypatch.setattr(lab_module, "score_maps", narrow)
+        monkeypatch.setattr(partner_module, "score_maps", narrow)
+
+    distances = [
+        len(p.tokens) - 1 - j for c in ("none", "harm") for p in lab.prompts(c, "report") for j in p.spans["correct"]
+    ]
+    middle = sorted(distances)[len(distances) // 2]
+    with_window(middle)
+    seen = rotation(lab.subject, 2, torch.tensor([d for d in distances if d < middle]))
+    torch.testing.assert_close(lab.mean_turn(2).cos, seen.cos.mean(dim=0))
+    partner_table(CONFIG, PartnerRequest(FEATURE, heads=((2, 4),), offset=middle - 1))
+    with pytest.raises(QklensError, match=f"--offset {middle}: heads of layer 2 see {middle} tokens"):
+        partner_table(CONFIG, PartnerRequest(FEATURE, heads=((2, 4),), offset=middle))
+    with_window(min(distances))
+    with pytest.raises(QklensError, match="no correct option is nearer than"):
+        lab.mean_turn(2)

@@ -98,10 +98,14 @@ class PairTerms:
 
     def by_prompt(self, pairs: Sequence[tuple[int, int]]) -> Float[Tensor, "prompt pair"]:
         """The terms of some pairs on each prompt, before the mean."""
+        device = self.query[0].index.device
+        first, second = (
+            torch.tensor([pair[side] for pair in pairs], dtype=torch.long, device=device) for side in (0, 1)
+        )
         rows = [
-            [float(self.scale * q.of(i) @ k.of(j)) for i, j in pairs] for q, k in zip(self.query, self.key, strict=True)
+            self.scale * (q.rows(first) * k.rows(second)).sum(dim=1) for q, k in zip(self.query, self.key, strict=True)
         ]
-        return torch.tensor(rows, dtype=torch.float64)
+        return torch.stack(rows).double().cpu()
 
     def marginal(self, side: Side) -> Float[Tensor, " source"]:
         """Each source's sum over all sources of the other side, signed; they sum to `total`. On the CPU, float64."""
@@ -201,18 +205,34 @@ def mean_terms(
     return PairTerms(lens.names, lens.maps.scale, tuple(queries), tuple(keys), counts, tuple(values))
 
 
-def refuse_silence(terms: PairTerms, lens: HeadLens, weighting: Weighting) -> None:
-    """Raise where no feature is active on one side in any prompt: there are no pairs of features to speak of.
+def refuse_silence(
+    lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[WrittenPrompt], weighting: Weighting, terms: PairTerms
+) -> None:
+    """Raise where there are no pairs of features to speak of: no prompt shows the head its spans, or nothing is active.
+
+    Args:
+        lens: the head.
+        prompts: those of the terms.
+        written: the same, as their sources.
+        weighting: over which tokens.
+        terms: what `mean_terms` made of them.
 
     Raises:
-        QklensError: names the side, the span and the source.
+        QklensError: names the head and its window, or the side, the span and the source.
     """
-    for side, sources, where in (
-        ("query", terms.query, "the answer position"),
-        ("key", terms.key, f"span {' - '.join(weighting.spans())}"),
-    ):
-        if all(len(s.index) == 2 for s in sources):
+    spans = weighting.spans()
+    if all(value is None for value in terms.logsumexp):
+        window = f" (its window is {lens.maps.window} tokens)" if lens.maps.window else ""
+        raise QklensError(
+            f"head L{lens.layer}H{lens.head}{window} does not see {' and '.join(map(repr, spans))} from the answer in "
+            f"any of {len(prompts)} prompts; choose another span or head"
+        )
+    at_answer = [prompt.spans["answer"] for prompt in prompts]
+    sides = [("query", "the answer position", at_answer)]
+    sides += [("key", f"span {name}", [prompt.span(name, weighting.parts) for prompt in prompts]) for name in spans]
+    for side, where, places in sides:
+        if not any(len(one.active.features_at(p)) for one, p in zip(written, places, strict=True)):
             raise QklensError(
-                f"no feature of dictionary {lens.source.name!r} is active at {where} in any of {len(sources)} prompts "
+                f"no feature of dictionary {lens.source.name!r} is active at {where} in any of {len(prompts)} prompts "
                 f"(layer {lens.layer}, {side} side); choose another span, layer or dictionary"
             )

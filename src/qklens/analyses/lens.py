@@ -38,8 +38,12 @@ class Sources:
 
     def of(self, source: int) -> Float[Tensor, " d_head"]:
         """One source's vector, zero where it is not there."""
-        found = self.vectors[self.index == source]
-        return found[0] if len(found) else self.vectors.new_zeros(self.vectors.shape[1])
+        return self.rows(torch.tensor([source], device=self.index.device))[0]
+
+    def rows(self, sources: Int[Tensor, " some"]) -> Float[Tensor, "some d_head"]:
+        """The same of some sources, one a row."""
+        place = torch.searchsorted(self.index, sources).clamp(max=len(self.index) - 1)
+        return self.vectors[place] * (self.index[place] == sources)[:, None]
 
 
 @dataclass(frozen=True, eq=False)

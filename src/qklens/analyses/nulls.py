@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qklens.analyses.written import WrittenPrompt
@@ -26,7 +26,8 @@ NullName = Literal["random_pairs", "matched", "fixed_query", "fixed_key", "rotat
 NULLS: tuple[NullName, ...] = get_args(NullName)
 MIN_PAIRS = 30
 SMALL_SOURCE = 32
-_NEIGHBOURS = 64
+_CELL = 32
+_BLOCK = 1 << 14
 _ROUNDING = 1e-5
 """A null may draw the pair itself, as `fixed_query` does with its own key: a tie, whichever way its last bit falls."""
 _OF_THE_PAIR = ("matched", "fixed_query", "fixed_key")
@@ -77,7 +78,7 @@ class Population:
         return self.vectors[pool[torch.randint(0, len(pool), (n,), generator=generator).to(pool.device)]]
 
     def matched_sample(self, like: Tensor, frequency: float, n: int, generator: torch.Generator) -> Tensor:
-        """Alive features near a given one in log frequency and log norm; the nearest 64 are drawn with replacement.
+        """Alive features like a given one in frequency and norm, drawn with replacement from its `cell`.
 
         Directions are always active, so where the source is small they are matched by how much the residual varies
         along them: of 8 n directions drawn within its covariance, the n nearest in log standard deviation.
@@ -86,16 +87,35 @@ class Population:
             drawn = self.from_covariance(8 * n, generator)
             off = (self.spread(drawn).log() - self.spread(like[None]).log()).abs()
             return drawn[off.argsort()[:n]]
+        alike = self.cell(like, frequency)
+        return self.vectors[alike[torch.randint(0, len(alike), (n,), generator=generator).to(alike.device)]]
+
+    def cell(self, like: Float[Tensor, " d_model"], frequency: float) -> Int[Tensor, " alike"]:
+        """Alive features like one of this direction and frequency: at least 32 where there are as many.
+
+        All are halved at the median of log frequency or log norm, whichever spreads more, as long as both halves hold
+        32. Cells do not overlap, so each member is as likely a draw of its own cell as any other: p of a member is
+        uniform. Of the nearest neighbours of each feature that would not hold.
+        """
         pool = self.alive.nonzero()[:, 0]
+        points = _coordinates(self.frequency[pool], self.vectors[pool].norm(dim=-1))
+        target = _coordinates(torch.tensor([frequency]).to(points), like.norm().to(points)[None])[0]
+        width = points.std(dim=0).clamp(min=1e-6)
+        points, target = points / width, target / width
+        while True:
+            for axis in points.std(dim=0).argsort(descending=True).tolist():
+                cut = points[:, axis].median()
+                low = points[:, axis] <= cut
+                if min(int(low.sum()), int((~low).sum())) >= _CELL:
+                    mine = low == (target[axis] <= cut)
+                    pool, points = pool[mine], points[mine]
+                    break
+            else:
+                return pool
 
-        def coordinates(freq: Tensor, norm: Tensor) -> Tensor:
-            return torch.stack([freq.clamp(min=1e-6).log(), norm.clamp(min=1e-6).log()], dim=-1)
 
-        points = coordinates(self.frequency[pool], self.vectors[pool].norm(dim=-1))
-        target = coordinates(torch.tensor([frequency]).to(points), like.norm().to(points)[None])
-        distance = ((points - target) / points.std(dim=0).clamp(min=1e-6)).norm(dim=-1)
-        nearest = pool[distance.argsort()[: min(_NEIGHBOURS, len(pool))]]
-        return self.vectors[nearest[torch.randint(0, len(nearest), (n,), generator=generator).to(pool.device)]]
+def _coordinates(frequency: Tensor, norm: Tensor) -> Tensor:
+    return torch.stack([frequency.clamp(min=1e-6).log(), norm.clamp(min=1e-6).log()], dim=-1)
 
 
 def population(
@@ -198,10 +218,11 @@ def null_tests(
     Directions count as the input norm reads them: under LayerNorm without their mean, which nothing sees.
 
     `random_pairs`: random alive features on both sides (the source study's). `matched`: both sides alike in frequency
-    and norm. `fixed_query`, `fixed_key`: that side held. `rotated`: both directions turned at random within the
-    residual's covariance at that side's tokens (whitened, rotated, coloured again: for a unit vector the same as a draw
-    from that covariance). `random_dictionary`: isotropic directions. A null that does not depend on the pair is drawn
-    once for all pairs; the others start from the seed for every pair, so that no result depends on the pairs beside it.
+    and norm (`Population.cell`). `fixed_query`, `fixed_key`: that side held. `rotated`: both directions turned at
+    random within the residual's covariance at that side's tokens (whitened, rotated, coloured again: for a unit vector
+    the same as a draw from that covariance). `random_dictionary`: isotropic directions. A null that does not depend on
+    the pair is drawn once for all pairs; the others start from the seed for every pair, so that no result depends on
+    the pairs beside it.
 
     Raises:
         QklensError: an unknown null, fewer than 30 draws, or (NoSpreadError) a null without spread.
@@ -218,18 +239,19 @@ def null_tests(
     def draw(pair: int) -> Tensor:
         query, key = pairs.query[pair], pairs.key[pair]
         generator = torch.Generator().manual_seed(seed)
-        sample: dict[NullName, Callable[[], tuple[Tensor, Tensor]]] = {
-            "random_pairs": lambda: (queries.alive_sample(n, generator), keys.alive_sample(n, generator)),
-            "matched": lambda: (
-                queries.matched_sample(query, float(pairs.query_frequency[pair]), n, generator),
-                keys.matched_sample(key, float(pairs.key_frequency[pair]), n, generator),
+        sample: dict[NullName, Callable[[int], tuple[Tensor, Tensor]]] = {
+            "random_pairs": lambda m: (queries.alive_sample(m, generator), keys.alive_sample(m, generator)),
+            "matched": lambda m: (
+                queries.matched_sample(query, float(pairs.query_frequency[pair]), m, generator),
+                keys.matched_sample(key, float(pairs.key_frequency[pair]), m, generator),
             ),
-            "fixed_query": lambda: (query.expand(n, -1), keys.alive_sample(n, generator)),
-            "fixed_key": lambda: (queries.alive_sample(n, generator), key.expand(n, -1)),
-            "rotated": lambda: (queries.from_covariance(n, generator), keys.from_covariance(n, generator)),
-            "random_dictionary": lambda: (_isotropic(query, n, generator), _isotropic(key, n, generator)),
+            "fixed_query": lambda m: (query.expand(m, -1), keys.alive_sample(m, generator)),
+            "fixed_key": lambda m: (queries.alive_sample(m, generator), key.expand(m, -1)),
+            "rotated": lambda m: (queries.from_covariance(m, generator), keys.from_covariance(m, generator)),
+            "random_dictionary": lambda m: (_isotropic(query, m, generator), _isotropic(key, m, generator)),
         }
-        return virtual_interaction(maps, head, turn, *sample[null]()).cpu()
+        sizes = [min(_BLOCK, n - begin) for begin in range(0, n, _BLOCK)]
+        return torch.cat([virtual_interaction(maps, head, turn, *sample[null](m)).cpu() for m in sizes])
 
     tests = []
     for pair, value in enumerate(values.tolist()):

@@ -22,7 +22,7 @@ _Values = TypeVar("_Values", Tensor, Array)
 
 def item_means(by_prompt: _Values) -> _Values:
     """Both orders of each item averaged, in the values' own precision; prompts come item by item."""
-    orders = by_prompt.reshape(-1, 2, *by_prompt.shape[1:])
+    orders = by_prompt.reshape(len(by_prompt) // 2, 2, *by_prompt.shape[1:])
     return (orders[:, 0] + orders[:, 1]) / 2
 
 

@@ -9,7 +9,8 @@ For a weighting w the term of a pair is Σ_j w_j c ⟨q_i(p), k_k(j)⟩:
   nothing of the span, whose log attention is not finite.
 
 Each w is the gradient, by the head's scores, of one number that needs no weights: the span's logsumexp, the difference
-of two (the log ratio of attention on the options), the log of attention on the span.
+of two (the log ratio of attention on the options), the log of attention on the span. Under a soft cap S = τ tanh(u / τ)
+that is the gradient by S, while terms are of u, because only u is a sum of pairs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from qklens.errors import QklensError, nearest
 
 Kind = Literal["realised", "contrastive", "share"]
 WEIGHTING_KINDS: tuple[Kind, ...] = get_args(Kind)
+_OPTIONS = {"correct", "incorrect", "option_A", "option_B"}
+"""Spans that have parts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,8 @@ class Weighting:
     def describe(self) -> dict[str, Any]:
         """As results say it."""
         span = "correct - incorrect" if self.kind == "contrastive" else self.span
-        return {"kind": self.kind, "span": span, "parts": list(self.parts)}
+        parts = {"parts": list(self.parts)} if set(self.spans()) <= _OPTIONS else {}
+        return {"kind": self.kind, "span": span, **parts}
 
     def spans(self) -> tuple[str, ...]:
         """The spans whose tokens it weighs."""
@@ -99,7 +103,7 @@ def weighting_named(kind: str, span: str, parts: Sequence[str]) -> Weighting:
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise QklensError(f"--parts {list(parts)}: expected some of {list(PARTS)}")
-    option = kind == "contrastive" or span in ("correct", "incorrect", "option_A", "option_B")
+    option = kind == "contrastive" or span in _OPTIONS
     if kind == "contrastive" and span != "correct":
         raise QklensError(f"--span {span!r} has no say in --kind contrastive, which is correct - incorrect; drop one")
     if not option and len(set(parts)) < len(PARTS):

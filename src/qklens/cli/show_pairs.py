@@ -30,9 +30,10 @@ _LOGSUMEXP = {
 def pairs(table: PairTable) -> None:
     """The roles with their runners-up, then every reading of every head."""
     how = table.weighting
+    parts = f" ({', '.join(how['parts'])})" if "parts" in how else ""
     lines = [
-        f"{table.model['name']} through {table.dictionary['name']}: {how['kind']} terms over {how['span']} "
-        f"({', '.join(how['parts'])}), ranked on half of {table.data['n_items']} items, measured on the other half",
+        f"{table.model['name']} through {table.dictionary['name']}: {how['kind']} terms over {how['span']}{parts}, "
+        f"ranked on half of {table.data['n_items']} items, measured on the other half",
         "",
         *columns(
             ("role", "feature", "contrast", "other half", "steadiness", "interaction", "tokens"),
@@ -57,8 +58,8 @@ def pairs(table: PairTable) -> None:
     lines += [
         "",
         f"value [95% over items]: mean term in score units; {_MEANING[how['kind']]}; of a difference, by how much",
-        f"it rises. score: sum of all pairs. logsumexp: {_LOGSUMEXP[how['kind']]}; the score is its linear",
-        "part. Pairs come from both ends of the ranking. z: virtual interaction against each null. q (Benjamini-",
+        f"it rises. score: sum of all pairs. logsumexp: {_LOGSUMEXP[how['kind']]}; its gradient is what weighs",
+        "tokens. Pairs come from both ends of the ranking. z: virtual interaction against each null. q (Benjamini-",
         "Hochberg): for pairs of roles over such pairs; for others over all that were searched, as a listed pair is",
         "extreme by construction. contrast: what defines a role, in decoder-norm units, on the half that chose it and",
         "on the other; steadiness: its mean over its standard deviation over items; interaction: with the partner",

@@ -183,11 +183,24 @@ class Lab:
         return joined(fitted)
 
     def mean_turn(self, layer: int, half: Half = "report") -> Rotation:
-        """A layer's mean rotation over the offsets from the answer to the correct option that the data really has."""
+        """A layer's mean rotation over the offsets from the answer to the correct option that the data really has.
+
+        Where the layer has a sliding window, over those within it.
+
+        Raises:
+            QklensError: every correct option lies outside the window.
+        """
         offsets = [
             p.spans["answer"][0] - j for c in ("none", "harm") for p in self.prompts(c, half) for j in p.span("correct")
         ]
-        return offset_rotation(self.subject, layer, torch.tensor(offsets))
+        window = score_maps(self.subject, layer).window
+        seen = [offset for offset in offsets if window is None or offset < window]
+        if not seen:
+            raise QklensError(
+                f"layer {layer} sees {window} tokens back and no correct option is nearer than {min(offsets)} to the "
+                "answer; leave its heads out"
+            )
+        return offset_rotation(self.subject, layer, torch.tensor(seen))
 
 
 def _alone(item: Item, condition: Open) -> str:

@@ -62,10 +62,11 @@ class PairReading(Strict):
     reading: str
     score: float = Field(description="the mean weighted score; all pairs sum to it")
     logsumexp: float | None = Field(
-        description="what the weighted score is the linear part of, mean over prompts: the span's logsumexp "
-        "(realised), the correct option's less the incorrect one's, which is the log ratio of attention on them "
-        "(contrastive), log attention on the span (share); of a difference, its change; null where no "
-        "prompt shows the head its spans"
+        description="what the weights are the gradient of, by the head's scores, mean over prompts: the span's "
+        "logsumexp (realised), the correct option's less the incorrect one's, which is the log ratio of attention on "
+        "them (contrastive), log attention on the span (share); of a difference, its change; null where no prompt "
+        "shows the head its spans. The weighted score is its linear part, but under a soft cap, where terms are of "
+        "scores before the cap"
     )
     logsumexp_ci: tuple[float, float] | None = Field(description="95% bootstrap over items")
     hidden: int = Field(
@@ -91,5 +92,12 @@ class PairTable(Strict):
     seed: int
     weighting: dict[str, Any]
     heads: list[Head]
+    null_keys: list[str] = Field(
+        description="spans whose tokens say which key features are alive, how often, and how the residual varies"
+    )
+    searched: int = Field(
+        description="tests that could have been made, of which those of pairs without roles are the extremes; their q "
+        "counts them all, and p is at least 1 / (draws + 1), so no such q is small unless draws approach this number"
+    )
     roles: list[RoleCandidate] = Field(description="ranked candidates with their evidence")
     readings: list[PairReading]

@@ -26,13 +26,14 @@ from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps, virtual_interaction
 from qklens.studies.choices import belief_candidates, choose_heads, heads_to_read
 from qklens.studies.lab import HALVES, Half, Lab
-from qklens.studies.populations import populations
+from qklens.studies.populations import key_spans, populations
 from qklens.studies.progress import Tick, silent
 from qklens.studies.roles import find_roles, known_roles
 from qklens.studies.tables.pair_rows import Listing, Marginal, Pair, PairReading, PairTable, Test
 
 READINGS: tuple[str, ...] = ("none", "harm", "benign", "harm-none", "harm-benign")
 CLAIM_NULLS: tuple[NullName, ...] = ("random_pairs", "matched")
+MAX_DRAWS = 100_000
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class PairRequest:
     def __post_init__(self) -> None:
         if self.top < 1:
             raise QklensError(f"--top {self.top}: expected at least 1")
-        if self.draws < MIN_PAIRS:
-            raise QklensError(f"--draws {self.draws}: a null needs at least {MIN_PAIRS} pairs")
+        if not MIN_PAIRS <= self.draws <= MAX_DRAWS:
+            raise QklensError(f"--draws {self.draws}: a null needs at least {MIN_PAIRS} pairs, at most {MAX_DRAWS}")
         intent = self.weighting.kind != "contrastive" and self.weighting.span == "intent"
         if intent and any("none" in reading for reading in self.readings):
             raise QklensError("span 'intent' is not in the bare question; ask for harm, benign or harm-benign")
@@ -116,7 +117,7 @@ def pair_table(
     searched = len(request.nulls) * sum(one.searched for one in listed)
     tested = _adjusted({p: row for p, row in tests.items() if p in named_pairs}, request, 0)
     tested |= _adjusted({p: row for p, row in tests.items() if p not in named_pairs}, request, searched)
-    virtual = {(head, q, k): _virtual(lab, head, q, k) for head, q, k in tests}
+    virtual = {pair: value for head in heads for pair, value in _virtual(lab, head, [p for p in tests if p[0] == head])}
     return PairTable(
         model=lab.subject.describe(),
         dictionary=lab.source.describe(),
@@ -124,6 +125,8 @@ def pair_table(
         seed=lab.seed,
         weighting=request.weighting.describe(),
         heads=list(heads),
+        null_keys=list(key_spans(request.weighting.spans())),
+        searched=searched,
         roles=candidates,
         readings=[_reading(one, roles.chosen, tested, virtual, request.top, lab.seed) for one in listed],
     )
@@ -157,8 +160,9 @@ def _list_pairs(lab: Lab, lens: HeadLens, request: PairRequest, roles: dict[Role
         for c in CONDITIONS:
             if any(c in reading.split("-") for reading in request.readings):
                 written = lab.written(c, half, lens.layer)
-                terms[c, half] = mean_terms(lens, lab.prompts(c, half), written, request.weighting)
-                refuse_silence(terms[c, half], lens, request.weighting)
+                prompts = lab.prompts(c, half)
+                terms[c, half] = mean_terms(lens, prompts, written, request.weighting)
+                refuse_silence(lens, prompts, written, request.weighting, terms[c, half])
     index = {name: i for i, name in enumerate(lens.names)}
     written = lab.source.directions(lens.layer).any(dim=-1)
     named = [(roles[q], roles[k]) for q in QUERY_ROLES for k in ROLES if k not in QUERY_ROLES]
@@ -216,7 +220,7 @@ def _test_pairs(
     lab: Lab, head: Head, listed: Sequence[_Listed], request: PairRequest
 ) -> dict[tuple[Head, int, int], list[NullTest | str]]:
     """Each listed pair of features against each null, once however often it is listed; or why it cannot be placed."""
-    queries, keys = populations(lab, head[0])
+    queries, keys = populations(lab, head[0], key_spans(request.weighting.spans()))
     n = len(queries.vectors)
     pairs = list(dict.fromkeys(pair for one in listed for pair in one.pairs if max(pair) < n))
     if not pairs:
@@ -251,10 +255,13 @@ def _adjusted(
     return {pair: [shown(null, t) for null, t in zip(request.nulls, row, strict=True)] for pair, row in tests.items()}
 
 
-def _virtual(lab: Lab, head: Head, query: int, key: int) -> float:
+def _virtual(lab: Lab, head: Head, pairs: Sequence[tuple[Head, int, int]]) -> list[tuple[tuple[Head, int, int], float]]:
+    if not pairs:
+        return []
     directions = lab.source.directions(head[0])
+    query, key = (directions[[pair[side] for pair in pairs]] for side in (1, 2))
     maps, turn = score_maps(lab.subject, head[0]), lab.mean_turn(head[0])
-    return float(virtual_interaction(maps, head[1], turn, directions[query][None], directions[key][None])[0])
+    return list(zip(pairs, virtual_interaction(maps, head[1], turn, query, key).tolist(), strict=True))
 
 
 def _reading(

@@ -280,6 +280,9 @@ def _reader(lab: Lab, head: Head, direction: Tensor, request: PartnerRequest) ->
 def _turn(lab: Lab, layer: int, offset: int | None) -> Rotation:
     if offset is None:
         return lab.mean_turn(layer)
+    window = score_maps(lab.subject, layer).window
+    if window is not None and offset >= window:
+        raise QklensError(f"--offset {offset}: heads of layer {layer} see {window} tokens; expected less")
     return offset_rotation(lab.subject, layer, torch.tensor([offset]))
 
 
