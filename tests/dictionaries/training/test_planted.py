@@ -17,12 +17,12 @@ from qklens.dictionaries.training.rows import HeldRows
 from qklens.dictionaries.training.trainer import Trained, Trainer
 
 WIDTH, PLANTED, ACTIVE, ROWS = 24, 32, 3, 8192
-COMMON = {"features": 48, "steps": 1000, "batch": 256, "learning_rate": 5e-3, "warmup_steps": 50, "dead_after_steps": 60}
+COMMON = {"features": 48, "batch": 128, "learning_rate": 1e-2, "warmup_steps": 20, "dead_after_steps": 60}
 NUMBERS: dict[str, dict[str, object]] = {
-    "topk": {"k": 3},
-    "batch_topk": {"k": 3},
-    "relu": {"sparsity": 0.6, "sparsity_warmup_steps": 300},
-    "jumprelu": {"sparsity": 0.6, "sparsity_warmup_steps": 300, "bandwidth": 0.5},
+    "topk": {"k": 3, "steps": 300},
+    "batch_topk": {"k": 3, "steps": 300},
+    "relu": {"sparsity": 0.6, "sparsity_warmup_steps": 100, "steps": 500},
+    "jumprelu": {"sparsity": 0.6, "sparsity_warmup_steps": 100, "bandwidth": 0.5, "steps": 600},
 }
 
 
@@ -93,7 +93,7 @@ def layered() -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("activation", ["topk", "batch_topk"])
 def test_a_weakly_causal_crosscoder_finds_where_directions_begin(activation: str) -> None:
-    c = config(activation, kind="crosscoder", layers=(1, 2, 5), k=2 if activation == "batch_topk" else 3, features=32)
+    c = config(activation, kind="crosscoder", layers=(1, 2, 5), k=3, features=32, steps=400)
     trained = Trainer(HeldRows(layered()[1]), c).run()
     crosscoder = as_crosscoder(trained.learner, trained.scale, name="planted", model_sha256="cd" * 32)
     cosines = [found(truth, crosscoder.directions(layer)) for truth, layer in zip(layered()[0], (1, 2, 5), strict=True)]
