@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from qklens.dictionaries.activation import JumpRelu, activate
 from qklens.dictionaries.config import CONFIG_FILE, WEIGHTS_FILE, DictionaryConfig, n_written, read_config
 from qklens.dictionaries.source import Stream, at_least_float32, check_layer, dense_decode
+from qklens.dictionaries.stored import read_safetensors
 from qklens.errors import QklensError
 from qklens.files import atomic_write, sha256_files, write_json
 
@@ -146,24 +146,11 @@ def load_crosscoder(folder: Path, device: torch.device | str = "cpu") -> Crossco
     Raises:
         QklensError: a missing or damaged file, an unknown config key, a missing tensor or a wrong shape.
     """
-    config = read_config(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise QklensError(f"{folder / WEIGHTS_FILE}: damaged ({error}); copy it again") from error
+    config, stored = read_config(folder), read_safetensors(folder / WEIGHTS_FILE)
     total = len(config.layers) * config.features_per_layer
 
     def take(name: str, *shape: int) -> Tensor:
-        if name not in tensors:
-            raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} is missing")
-        tensor = tensors[name].to(torch.float32)
-        if tuple(tensor.shape) != shape:
-            raise QklensError(
-                f"{folder / WEIGHTS_FILE}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} holds NaN or infinity; copy it again")
-        return tensor.to(device)
+        return stored.take(name, *shape).to(device)
 
     group, width = config.features_per_layer, config.d_model
     decoder = {}
