@@ -20,9 +20,9 @@ WIDTH, PLANTED, ACTIVE, ROWS = 24, 32, 3, 8192
 COMMON = {"features": 48, "batch": 128, "learning_rate": 1e-2, "warmup_steps": 20, "dead_after_steps": 60}
 NUMBERS: dict[str, dict[str, object]] = {
     "topk": {"k": 3, "steps": 300},
-    "batch_topk": {"k": 3, "steps": 300},
+    "batch_topk": {"k": 3, "steps": 500, "batch": 256, "learning_rate": 5e-3},
     "relu": {"sparsity": 0.6, "sparsity_warmup_steps": 100, "steps": 500},
-    "jumprelu": {"sparsity": 0.6, "sparsity_warmup_steps": 100, "bandwidth": 0.5, "steps": 600},
+    "jumprelu": {"sparsity": 0.6, "sparsity_warmup_steps": 100, "bandwidth": 0.5, "steps": 1000, "batch": 256, "learning_rate": 5e-3},
 }
 
 
