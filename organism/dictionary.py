@@ -27,6 +27,7 @@ from qklens.dictionaries.training.trainer import Trainer
 from qklens.files import atomic_write
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
+from qklens.studies.dictionary_check import record_fidelity
 
 LAYERS = (1, 2, 3)
 DOCUMENTS, CHECKED = 6000, 300
@@ -106,14 +107,13 @@ def main() -> None:
     trained = Trainer(HeldRows([rows[m] for m in LAYERS]), CONFIG).run(
         lambda step, m: print(step, {k: round(v, 4) for k, v in m.items()}, flush=True)
     )
-    made = as_crosscoder(
-        trained.learner, trained.scale, name="organism-crosscoder", model_sha256=subject.sha256 or ""
-    )
+    made = as_crosscoder(trained.learner, trained.scale, name="organism-crosscoder", model_sha256=subject.sha256 or "")
     stored = _through_float16(made)
-    fidelity = measure_fidelity(subject, stored, sequences(world, subject, CHECKED, seed=900))
-    final = _with_fidelity(stored, fidelity.model_dump())
+    checked = sequences(world, subject, CHECKED, seed=900)
+    fidelity = measure_fidelity(subject, stored, checked)
     folder = options.organism / "dictionary"
-    save_crosscoder(final, folder)
+    save_crosscoder(stored, folder)
+    final = record_fidelity(stored, folder, fidelity, checked)
     atomic_write(folder / "README.md", card(final))
     print(fidelity, flush=True)
 
@@ -131,11 +131,6 @@ def _through_float16(crosscoder: Crosscoder) -> Crosscoder:
         stored(crosscoder.decoder),
         stored(crosscoder.decoder_bias),
     )
-
-
-def _with_fidelity(crosscoder: Crosscoder, fidelity: dict) -> Crosscoder:
-    config = type(crosscoder.config).model_validate({**crosscoder.config.model_dump(), "fidelity": fidelity})
-    return Crosscoder(config, crosscoder.encoder, crosscoder.encoder_bias, crosscoder.decoder, crosscoder.decoder_bias)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         (["steer", "--help"], "--strengths"),
         (["data", "check", "--help"], "FILE"),
         (["model", "check", "--help"], "MODEL"),
+        (["dict", "check", "--help"], "--record"),
+        (["dict", "convert", "--help"], "--layer"),
+        (["dict", "export", "--help"], "--to"),
     ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str], says: str) -> None:

@@ -113,6 +113,8 @@ class Crosscoder:
             "kind": "weakly causal crosscoder" if len(self.layers) > 1 else "sae",
             "layers": list(self.layers),
             "n_features": len(self.layers) * self.config.features_per_layer,
+            "activation": self.config.activation.model_dump(),
+            "source": self.config.source.model_dump(mode="json") if self.config.source else None,
             "fidelity": fidelity,
             "sha256": self.sha256,
         }

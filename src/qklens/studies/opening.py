@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qklens.analyses.fidelity import measure_fidelity
 from qklens.data.items import Dataset, load_dataset
 from qklens.dictionaries.config import Fidelity
-from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder
+from qklens.dictionaries.crosscoder import Crosscoder
+from qklens.dictionaries.formats.detect import load_dictionary
 from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
 from qklens.studies.config import LabConfig
-from qklens.studies.dictionary_fit import check_belongs, measure
+from qklens.studies.dictionary_fit import check_belongs, measure, recorded_batch, refuse_deviations
 from qklens.studies.lab import MIN_ITEMS, Lab
 from qklens.studies.letters import choose_letter_form
 from qklens.studies.resources import dictionary_folder, model_folder
@@ -38,16 +40,23 @@ def open_lab(config: LabConfig) -> Lab:
 
 
 def load_source(lab: Lab, folder: Path | None) -> tuple[Crosscoder | None, Fidelity | None]:
-    """The dictionary in a folder, checked against the model and measured on the lab's prompts; nothing for none.
+    """The dictionary in a folder, of any format that is read directly; nothing for none.
+
+    It is checked against the model, measured again on its recorded batch where it has one (L0 and variance unexplained,
+    one pass), and measured on the lab's prompts.
 
     Raises:
-        QklensError: a damaged dictionary, or one of another model, layer or site.
+        QklensError: a damaged dictionary, one of another model, layer or site, or one that is not what it was.
     """
     if folder is None:
         return None, None
-    source = load_crosscoder(folder, lab.subject.device)
+    source = load_dictionary(folder, lab.subject.device)
     check_belongs(source.config, lab.subject, folder)
     with threads_for(lab.subject):
+        batch = recorded_batch(lab.subject, source, folder)
+        if batch is not None:
+            again = measure_fidelity(lab.subject, source, batch, losses=False)
+            refuse_deviations(again, source, folder)
         return source, measure(lab, source, folder)
 
 

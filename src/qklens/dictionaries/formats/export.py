@@ -5,7 +5,6 @@ Both read θ(W (x − b) + c); what SAELens has no kind for, one threshold for a
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from qklens.dictionaries.activation import JumpRelu, Relu, Threshold, TopK
 from qklens.dictionaries.crosscoder import Crosscoder
 from qklens.dictionaries.formats.saelens import CONFIG, WEIGHTS
 from qklens.errors import QklensError
-from qklens.files import atomic_write
+from qklens.files import atomic_write, whole_folder, write_json
 
 
 def export_saelens(dictionary: Crosscoder, folder: Path, layer: int | None = None) -> None:
-    """Write `cfg.json` and `sae_weights.safetensors`, weights first.
+    """Write `cfg.json` and `sae_weights.safetensors`, both or neither.
 
     Args:
         dictionary: of one layer, or of several where `layer` names the first.
@@ -58,8 +57,9 @@ def export_saelens(dictionary: Crosscoder, folder: Path, layer: int | None = Non
         "architecture": architecture,
     }
     stored = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(folder / WEIGHTS, save(stored))
-    atomic_write(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    with whole_folder(folder) as filled:
+        atomic_write(filled / WEIGHTS, save(stored))
+        write_json(filled / CONFIG, config)
 
 
 def refuse_full(folder: Path) -> None:

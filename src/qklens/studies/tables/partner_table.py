@@ -1,8 +1,8 @@
 """Who does a feature draw in or push away? Every feature of a dictionary ranked at some heads, from both ends.
 
-Weights alone: no activations, no prompt but for the distances between answer and option. A dictionary directory is read
-from disk block by block, so its size does not matter. z places a feature among all features of the dictionary; it is no
-test (`qklens qk` tests pairs).
+Weights alone: no activations, no prompt but for the distances between answer and option. A dictionary directory of
+qklens is read from disk block by block, so its size does not matter; one of another tool is converted in memory. z
+places a feature among all features of the dictionary; it is no test (`qklens qk` tests pairs).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qklens.analyses.contrasts import ROLES
 from qklens.analyses.interactions import Side
 from qklens.analyses.partners import Block, Ranked, rank_partners
 from qklens.dictionaries.decoder_file import open_decoder
+from qklens.dictionaries.formats.detect import is_native, load_dictionary
 from qklens.dictionaries.source import FeatureSource, feature_index
 from qklens.dictionaries.unit import unit_directions
 from qklens.errors import QklensError
@@ -229,6 +230,10 @@ def _decoder(lab: Lab, folder: Path | None) -> tuple[_Decoder, str]:
     if folder is None:
         lab.source = lab.fit_directions()
         return _InMemory(lab.source), lab.source.name
+    if not is_native(folder):
+        source = load_dictionary(folder, lab.subject.device)
+        check_belongs(source.config, lab.subject, folder)
+        return _InMemory(source), source.name
     decoder = open_decoder(folder)
     check_belongs(decoder.config, lab.subject, folder)
     return decoder, decoder.config.name
