@@ -25,6 +25,7 @@ from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
 from qklens.strict import Strict
+from qklens.studies.dictionary_check import record_fidelity
 from qklens.studies.resources import model_folder
 
 Tick = Callable[[], None]
@@ -125,23 +126,10 @@ def _train(
         return made
     crosscoder = as_crosscoder(trained.learner, trained.scale, name=name, model_sha256=subjects[0].sha256 or "")
     fidelity = measure_fidelity(subjects[0], crosscoder, corpus.held_out)
-    crosscoder = with_fidelity(crosscoder, fidelity)
-    if ranks.first:
-        save_crosscoder(crosscoder, folder, dtype=torch.float32)
-    return crosscoder
-
-
-def with_fidelity(crosscoder: Crosscoder, fidelity: object) -> Crosscoder:
-    """The same dictionary with its measured quality."""
-    config = crosscoder.config.model_copy(update={"fidelity": fidelity})
-    return Crosscoder(
-        config,
-        crosscoder.encoder,
-        crosscoder.encoder_bias,
-        crosscoder.decoder,
-        crosscoder.decoder_bias,
-        thresholds=crosscoder.thresholds,
-    )
+    if not ranks.first:
+        return crosscoder
+    save_crosscoder(crosscoder, folder, dtype=torch.float32)
+    return record_fidelity(crosscoder, folder, fidelity, corpus.held_out)
 
 
 def _measured_diff(trained: Trained, subjects: list[Subject], corpus: Corpus, name: str) -> ModelDiff:

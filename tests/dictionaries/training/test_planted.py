@@ -22,7 +22,14 @@ NUMBERS: dict[str, dict[str, object]] = {
     "topk": {"k": 3, "steps": 300},
     "batch_topk": {"k": 3, "steps": 500, "batch": 256, "learning_rate": 5e-3},
     "relu": {"sparsity": 0.6, "sparsity_warmup_steps": 100, "steps": 500},
-    "jumprelu": {"sparsity": 0.6, "sparsity_warmup_steps": 100, "bandwidth": 0.5, "steps": 1000, "batch": 256, "learning_rate": 5e-3},
+    "jumprelu": {
+        "sparsity": 0.6,
+        "sparsity_warmup_steps": 100,
+        "bandwidth": 0.5,
+        "steps": 1000,
+        "batch": 256,
+        "learning_rate": 5e-3,
+    },
 }
 
 

@@ -23,7 +23,7 @@ def run(folder: Path, kill_at: int = -1, activation: str = "batch_topk", launche
     command = [sys.executable, *launcher, str(SCRIPT), str(folder), str(kill_at), activation]
     source = str(Path(__file__).resolve().parents[3] / "src")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source}
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode  # noqa: S603
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
 
 
 def test_killed_at_random_steps_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -30,13 +30,13 @@ class Jump(torch.autograd.Function):
     """1[z > t] with the rectangle kernel as its derivative by t, and none by z."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, t: Tensor, width: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx, z: Tensor, t: Tensor, width: float) -> Tensor:
         ctx.save_for_backward(z, t)
         ctx.width = width
         return (z > t).to(z)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None]:  # noqa: ANN001
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None]:
         z, t = ctx.saved_tensors
         near = ((z - t).abs() < ctx.width / 2).to(z)
         return None, (-gradient * near / ctx.width).sum(dim=0), None
@@ -46,13 +46,13 @@ class JumpRelu(torch.autograd.Function):
     """z · 1[z > t]; its derivative by t is −t/ε times the kernel (Rajamanoharan et al. 2024, equation 11)."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, t: Tensor, width: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx, z: Tensor, t: Tensor, width: float) -> Tensor:
         ctx.save_for_backward(z, t)
         ctx.width = width
         return z * (z > t)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN001
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         z, t = ctx.saved_tensors
         near = ((z - t).abs() < ctx.width / 2).to(z)
         return gradient * (z > t), (-t / ctx.width * gradient * near).sum(dim=0), None
@@ -189,5 +189,3 @@ def test_the_largest_of_a_batch_are_found(features: int, mean: float) -> None:
     expected = ordered[:100][ordered[:100] > 0]
     assert torch.equal(torch.cat([code.values for code in codes]).sort(descending=True).values, expected)
     assert cut == max(float(ordered[100]), 0.0)
-
-

@@ -86,8 +86,11 @@ class TrainingConfig(Strict):
         if getattr(self, wanted) is None:
             raise ValueError(f"activation {self.activation!r} needs {wanted!r}; give a number")
         if getattr(self, other) is not None or (not counted and self.first_k is not None):
-            raise ValueError(f"activation {self.activation!r} takes {wanted!r} alone; leave out 'k', 'first_k'"
-                             if wanted == "sparsity" else f"activation {self.activation!r} takes no 'sparsity'")
+            raise ValueError(
+                f"activation {self.activation!r} takes {wanted!r} alone; leave out 'k', 'first_k'"
+                if wanted == "sparsity"
+                else f"activation {self.activation!r} takes no 'sparsity'"
+            )
         for name in ("k", "first_k"):
             if (value := getattr(self, name)) is not None and value > self.features:
                 raise ValueError(f"{name} is {value}, features are {self.features}; expected no more than those")

@@ -136,7 +136,7 @@ def _document(value: object, tokenizer: PreTrainedTokenizerBase, where: str) -> 
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages) or not messages:
         raise QklensError(
-            f"{where}: expected {{\"messages\": [{{\"role\", \"content\"}}, ...]}} or {{\"text\": ...}}; repair the line"
+            f'{where}: expected {{"messages": [{{"role", "content"}}, ...]}} or {{"text": ...}}; repair the line'
         )
     if not tokenizer.chat_template:
         raise QklensError(f"{where}: is a chat, and the model's tokenizer has no chat template; give texts")

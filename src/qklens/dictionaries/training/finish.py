@@ -28,9 +28,7 @@ def inference_activation(config: TrainingConfig, threshold: float) -> Activation
     return Relu() if config.activation == "relu" else JumpRelu()
 
 
-def as_crosscoder(
-    learner: Learner, scale: Float[Tensor, " stream"], *, name: str, model_sha256: str
-) -> Crosscoder:
+def as_crosscoder(learner: Learner, scale: Float[Tensor, " stream"], *, name: str, model_sha256: str) -> Crosscoder:
     """An SAE or a weakly causal crosscoder."""
     config, layers, width = learner.config, learner.config.layers, learner.layout.d_model
     groups, n = learner.weights.groups, learner.config.features

@@ -1,8 +1,8 @@
 """Learning rate and sparsity over the steps.
 
-    learning rate   rises linearly over `warmup_steps`, stays, falls linearly to 0 over the last `decay` of the steps
-    λ               rises linearly over `sparsity_warmup_steps`
-    k               falls linearly from `first_k` over `sparsity_warmup_steps`
+learning rate   rises linearly over `warmup_steps`, stays, falls linearly to 0 over the last `decay` of the steps
+λ               rises linearly over `sparsity_warmup_steps`
+k               falls linearly from `first_k` over `sparsity_warmup_steps`
 """
 
 from __future__ import annotations

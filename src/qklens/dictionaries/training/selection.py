@@ -28,9 +28,7 @@ def topk_code(before: Float[Tensor, "row feature"], k: int) -> SparseCode:
     return SparseCode(features.flatten(), offsets, values.flatten().relu_(), before.shape[1])
 
 
-def largest(
-    before: Float[Tensor, "row feature"], k: int
-) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
+def largest(before: Float[Tensor, "row feature"], k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
     """Each row's k largest numbers and where they stand, in no order."""
     sets = _n_sets(before.shape[1], k)
     if not sets:

@@ -174,5 +174,3 @@ def _named(found: StepMetrics, rows: Tensor) -> dict[str, float]:
     variance = float((rows - rows.mean(dim=0)).pow(2).sum())
     fvu = float(found.squares.sum()) / max(variance, torch.finfo(rows.dtype).tiny)
     return {"loss": found.loss, "fvu": fvu, "l0": found.l0, "dead": found.dead}
-
-
