@@ -26,6 +26,7 @@ class ShuffleBuffer:
         self._pool: Tensor | None = None
         self._order = torch.empty(0, dtype=torch.long)
         self._drawn = 0
+        self._filled = 0
         self._chunks = torch.empty(0, dtype=torch.long)
         self._next = 0
         self.epoch = 0
@@ -50,12 +51,13 @@ class ShuffleBuffer:
 
     def _fill(self, n: int) -> None:
         left = len(self._order) - self._drawn
-        if left >= n and left > self.capacity // 2:
+        if left >= n and left > self._filled // 2:
             return
         parts = [] if self._pool is None else [self._pool[self._order[self._drawn :]]]
+        self._pool = None  # its room is free before the next one is made
         have, began = left, self.epoch
         while have < max(self.capacity, n):
-            # A source smaller than the pool is in it once, unless a batch needs more.
+            # A source smaller than the pool is added to it once, unless a batch needs more.
             if self._next == len(self._chunks):
                 if self.epoch > began and have >= n:
                     break
@@ -66,10 +68,9 @@ class ShuffleBuffer:
             self._next += 1
             parts.append(part)
             have += len(part)
-        if have > left:
-            self._pool = torch.cat(parts)
-            self._order = torch.randperm(have, generator=self._generator)
-            self._drawn = 0
+        self._pool = torch.cat(parts)
+        self._order = torch.randperm(have, generator=self._generator)
+        self._drawn, self._filled = 0, have
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
@@ -78,7 +79,7 @@ class ShuffleBuffer:
             "pool": pool.contiguous(),
             "chunks": self._chunks,
             "generator": self._generator.get_state(),
-            "place": torch.tensor([self._next, self.epoch]),
+            "place": torch.tensor([self._next, self.epoch, self._filled]),
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -88,4 +89,4 @@ class ShuffleBuffer:
         self._drawn = 0
         self._chunks = state["chunks"]
         self._generator.set_state(state["generator"])
-        self._next, self.epoch = (int(number) for number in state["place"])
+        self._next, self.epoch, self._filled = (int(number) for number in state["place"])
