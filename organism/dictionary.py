@@ -18,10 +18,11 @@ from organism.corpus import World, load
 from organism.recipe import RECIPE
 from organism.stages import Sampler
 from organism.train import DATA, OUT
-from qklens.analyses.fidelity import measure_fidelity, stream_rows
+from qklens.analyses.fidelity import measure_fidelity
 from qklens.dictionaries.crosscoder import Crosscoder, save_crosscoder
 from qklens.dictionaries.training.config import TrainingConfig
 from qklens.dictionaries.training.finish import as_crosscoder
+from qklens.dictionaries.training.harvest import stream_rows
 from qklens.dictionaries.training.rows import HeldRows
 from qklens.dictionaries.training.trainer import Trainer
 from qklens.files import atomic_write

@@ -1,13 +1,12 @@
 """Rows of activations from models that read a corpus: resid_pre of every real token but each sequence's first.
 
 A row holds the layers of one model side by side, or one layer of the base and of the chat model, at the same token.
-The first token is left out: its stream is an outlier in many models.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -93,22 +92,40 @@ def rows_of(
     Raises:
         QklensError: a sequence longer than the model's context.
     """
-    ordered = sorted(sequences, key=len)
     parts = []
-    for start in range(0, len(ordered), _SEQUENCES):
-        streams = []
-        for subject in subjects:
-            batch = left_padded(ordered[start : start + _SEQUENCES], subject.pad_id, subject.device)
-            inner = (batch.attention_mask == 1) & (batch.position_ids > 0)
-            streams += _streams(subject, batch, inner, layers)
-        parts.append(torch.cat(streams, dim=1))
+    for batches in zip(*(batches_by_length(subject, sequences) for subject in subjects), strict=True):
+        streams = [_streams(subject, batch, layers) for subject, batch in zip(subjects, batches, strict=True)]
+        parts.append(torch.cat([x for own in streams for x in own], dim=1))
     return torch.cat(parts)
 
 
-def _streams(
-    subject: Subject, batch: Batch, inner: Bool[Tensor, "batch pos"], layers: Sequence[int]
-) -> list[Float[Tensor, "row d_model"]]:
-    """resid_pre of some layers at the tokens of a mask, from one pass."""
+def stream_rows(
+    subject: Subject, sequences: Sequence[Sequence[int]], layers: Sequence[int]
+) -> dict[int, Float[Tensor, "row d_model"]]:
+    """`rows_of` one model by layer, in float32.
+
+    Raises:
+        QklensError: a sequence longer than the model's context.
+    """
+    parts = rows_of([subject], sequences, layers).float().split(subject.d_model, dim=1)
+    return dict(zip(layers, parts, strict=True))
+
+
+def batches_by_length(subject: Subject, sequences: Sequence[Sequence[int]]) -> Iterator[Batch]:
+    """Sequences of about the same length together, shortest first."""
+    ordered = sorted(sequences, key=len)
+    for start in range(0, len(ordered), _SEQUENCES):
+        yield left_padded(ordered[start : start + _SEQUENCES], subject.pad_id, subject.device)
+
+
+def after_first(batch: Batch) -> Bool[Tensor, "batch pos"]:
+    """Real tokens but each sequence's first, whose stream is an outlier in many models."""
+    return (batch.attention_mask == 1) & (batch.position_ids > 0)
+
+
+def _streams(subject: Subject, batch: Batch, layers: Sequence[int]) -> list[Float[Tensor, "row d_model"]]:
+    """resid_pre of some layers at all tokens but the first, from one pass."""
+    inner = after_first(batch)
     found: dict[int, Tensor] = {}
 
     def keep(layer: int, x: Tensor) -> None:
