@@ -10,8 +10,8 @@ import torch
 from pydantic import Field, PositiveInt, ValidationError
 
 from qklens.analyses.fidelity import measure_fidelity
-from qklens.dictionaries.crosscoder import Crosscoder, save_crosscoder
-from qklens.dictionaries.model_diff import DiffFidelity, ModelDiff, save_model_diff
+from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder, save_crosscoder
+from qklens.dictionaries.model_diff import DiffFidelity, ModelDiff, load_model_diff, save_model_diff
 from qklens.dictionaries.source import fraction_variance_unexplained
 from qklens.dictionaries.training.config import TrainingConfig, explained
 from qklens.dictionaries.training.corpus import Corpus, read_corpus
@@ -123,13 +123,14 @@ def _train(
         made = _measured_diff(trained, subjects, corpus, name)
         if ranks.first:
             save_model_diff(made, folder)
-        return made
+        return load_model_diff(folder) if ranks.first else made
     crosscoder = as_crosscoder(trained.learner, trained.scale, name=name, model_sha256=subjects[0].sha256 or "")
     fidelity = measure_fidelity(subjects[0], crosscoder, corpus.held_out)
     if not ranks.first:
         return crosscoder
     save_crosscoder(crosscoder, folder, dtype=torch.float32)
-    return record_fidelity(crosscoder, folder, fidelity, corpus.held_out)
+    record_fidelity(crosscoder, folder, fidelity, corpus.held_out)
+    return load_crosscoder(folder)
 
 
 def _measured_diff(trained: Trained, subjects: list[Subject], corpus: Corpus, name: str) -> ModelDiff:

@@ -6,9 +6,11 @@ Every row is updated in every step, whether its feature was active or not: momen
 updated a block of rows at a time, and a block's gradient is made when its turn comes: the gradient of the whole matrix
 never exists, and a block's weights, moments and gradient meet in cache.
 
-A decoder row is a list of vectors d^l, one a written stream. Its norm Σ_l ‖d^l‖ stays 1: the gradient's component that
-would change it is taken off before Adam, and what the step still changed is scaled away after it. With it, the penalty
-λ Σ_i f_i Σ_l ‖d_i^l‖ (Lindsey et al. 2024) is λ Σ_i f_i, and features compete by what they write.
+A decoder row is a list of vectors d^l, one a written stream, and its norm stays 1: the gradient's component that would
+change it is taken off before Adam, and what the step still changed is scaled away after it. Which norm, hangs on what
+chooses features. Where activations are penalised it is Σ_l ‖d^l‖, so that the penalty λ Σ_i f_i Σ_l ‖d_i^l‖ (Lindsey et
+al. 2024) is λ Σ_i f_i. Where they are counted it is the whole row's, so that the largest activations are those that
+explain most: f² ‖d‖² is what a feature takes from the squared error. A row falls into `parts` whose norms are summed.
 """
 
 from __future__ import annotations
@@ -78,24 +80,24 @@ def block_size(columns: int) -> int:
     return max(1, BLOCK_BYTES // (4 * columns))
 
 
-def stream_norms(decoder: Float[Tensor, "row column"], n_streams: int) -> Float[Tensor, "row stream 1"]:
+def part_norms(decoder: Float[Tensor, "row column"], parts: int) -> Float[Tensor, "row part 1"]:
     """‖d^l‖."""
-    return torch.linalg.vector_norm(decoder.unflatten(1, (n_streams, -1)), dim=2, keepdim=True)
+    return torch.linalg.vector_norm(decoder.unflatten(1, (parts, -1)), dim=2, keepdim=True)
 
 
 def without_radial(
-    gradient: Float[Tensor, "row column"], decoder: Float[Tensor, "row column"], n_streams: int
+    gradient: Float[Tensor, "row column"], decoder: Float[Tensor, "row column"], parts: int
 ) -> Float[Tensor, "row column"]:
     """The gradient without what would change Σ_l ‖d^l‖, in place: g − ⟨g, u⟩ u / ‖u‖² with u = [d^l / ‖d^l‖]_l."""
-    if n_streams == 1:  # rows have unit norm, u is the row itself
+    if parts == 1:  # rows have unit norm, u is the row itself
         return gradient.addcmul_(torch.linalg.vecdot(gradient, decoder)[:, None], decoder, value=-1)
-    norms = stream_norms(decoder, n_streams)
-    unit = (decoder.unflatten(1, (n_streams, -1)) / norms.clamp(min=1e-12)).flatten(1)
+    norms = part_norms(decoder, parts)
+    unit = (decoder.unflatten(1, (parts, -1)) / norms.clamp(min=1e-12)).flatten(1)
     along = torch.linalg.vecdot(gradient, unit) / torch.linalg.vecdot(unit, unit).clamp(min=1e-12)
     return gradient.addcmul_(along[:, None], unit, value=-1)
 
 
-def scale_to_one(decoder: Float[Tensor, "row column"], n_streams: int) -> None:
+def scale_to_one(decoder: Float[Tensor, "row column"], parts: int) -> None:
     """Scale each row so that Σ_l ‖d^l‖ = 1, in place."""
-    total = stream_norms(decoder, n_streams).sum(dim=1)
+    total = part_norms(decoder, parts).sum(dim=1)
     decoder.div_(total.clamp(min=1e-12))

@@ -19,11 +19,13 @@ class Group:
         reads: streams that they read, as a range.
         writes: streams that they write.
         d_model: width of a stream.
+        parts: into which a decoder row falls; the sum of their norms is kept at 1, see `adam`.
     """
 
     reads: range
     writes: range
     d_model: int
+    parts: int
 
     @property
     def read_columns(self) -> slice:
@@ -54,6 +56,10 @@ def layout_of(config: TrainingConfig, d_model: int) -> Layout:
     """The layout of a kind of dictionary."""
     if config.kind == "crosscoder":
         n = len(config.layers)
-        return Layout(n, d_model, tuple(Group(range(i, i + 1), range(i, n), d_model) for i in range(n)))
-    n = 2 if config.kind == "model_diff" else 1
-    return Layout(n, d_model, (Group(range(n), range(n), d_model),))
+        columns = [(range(i, i + 1), range(i, n)) for i in range(n)]
+    else:
+        n = 2 if config.kind == "model_diff" else 1
+        columns = [(range(n), range(n))]
+    penalised = config.sparsity is not None
+    groups = (Group(reads, writes, d_model, len(writes) if penalised else 1) for reads, writes in columns)
+    return Layout(n, d_model, tuple(groups))

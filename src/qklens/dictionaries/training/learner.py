@@ -66,6 +66,20 @@ class Learner:
         self.step = 0
         self._gradient = GradientMaker(config, layout, self.ranks)
 
+    @torch.no_grad()
+    def fit_encoders(self, rows: Float[Tensor, "row column"]) -> None:
+        """Scale all encoders by c = Σ ⟨x, x̂⟩ / Σ ‖x̂‖², before the first step.
+
+        Features overlap, most where several layers' groups write one layer: without this the first reconstructions are
+        too long, and training ends at a worse place.
+        """
+        now = StepNumbers(0.0, schedule.active(self.config, 0), tuple(last < 0 for last in self.last_fired))
+        centred = rows - self.weights.bias
+        written = centred - self._gradient(self.weights, rows, now).error
+        scale = float((centred * written).sum() / written.pow(2).sum().clamp(min=torch.finfo(rows.dtype).tiny))
+        for group in self.weights.groups:
+            group.encoder.mul_(scale)
+
     def update(self, rows: Float[Tensor, "row column"]) -> StepMetrics:
         """One step on a batch, the whole of it; each process takes its part.
 
@@ -110,17 +124,17 @@ class Learner:
             )
 
         for i, (own, group) in enumerate(zip(self.weights.groups, gradient.groups, strict=True)):
-            streams = len(self.layout.groups[i].writes)
+            parts = self.layout.groups[i].parts
             for matrix, weights in (("encoder", own.encoder), ("decoder", own.decoder)):
                 size = block_size(weights.shape[1])
                 for begin in range(0, self.config.features, size):
                     end = min(begin + size, self.config.features)
                     change = self.ranks.add(group.block(matrix, begin, end))
                     if matrix == "decoder":
-                        change = without_radial(change, weights[begin:end], streams)
+                        change = without_radial(change, weights[begin:end], parts)
                     rows = update(f"{i}.{matrix}", weights, change, begin)
                     if matrix == "decoder":
-                        scale_to_one(rows, streams)
+                        scale_to_one(rows, parts)
             update(f"{i}.encoder_bias", own.encoder_bias, self.ranks.add(group.encoder_bias))
             if own.log_threshold is not None and group.log_threshold is not None:
                 update(f"{i}.log_threshold", own.log_threshold, self.ranks.add(group.log_threshold))

@@ -121,8 +121,9 @@ class Trainer:
         if not (squares > 0).all():
             raise QklensError("activations of a layer are all zero; check the corpus and the layers")
         self.scale = squares.rsqrt()
-        bias = (rows * self.scale[:, None]).mean(dim=0).flatten()
-        self.learner = Learner(self.config, self.layout, bias, self.ranks)
+        bias = rows.mean(dim=0) * self.scale[:, None]
+        self.learner = Learner(self.config, self.layout, bias.flatten(), self.ranks)
+        self.learner.fit_encoders((rows[: self.config.batch] * self.scale[:, None]).flatten(1))
 
     def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         self.scale = tensors["scale"].to(self.device)
@@ -164,7 +165,8 @@ class Trainer:
         if path.is_file():
             refuse_difference(read_json(path), identity, f"--out {keeping.folder}")
         elif self.ranks.first:
-            if keeping.folder.is_dir() and any(keeping.folder.iterdir()):
+            # Names with a dot in front are what a run left that was killed while it wrote `run.json`.
+            if keeping.folder.is_dir() and any(not p.name.startswith(".") for p in keeping.folder.iterdir()):
                 raise QklensError(f"--out {keeping.folder}: is not empty and holds no run; choose another folder")
             write_json(path, identity)
         self.ranks.wait()

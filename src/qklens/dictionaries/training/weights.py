@@ -23,7 +23,7 @@ class GroupWeights:
     Attributes:
         encoder: rows over the columns that the group reads.
         encoder_bias: one a feature.
-        decoder: rows over the columns that the group writes; Σ_l ‖d^l‖ = 1.
+        decoder: rows over the columns that the group writes, of norm 1.
         log_threshold: log tᵢ, for jumprelu alone.
     """
 
@@ -70,11 +70,12 @@ def first_weights(
         drawn = torch.randn(config.features, layout.d_model, generator=generator, dtype=bias.dtype)
         unit = torch.nn.functional.normalize(drawn, dim=1).to(bias.device)
         decoder = unit.repeat(1, writes)
-        scale_to_one(decoder, writes)
+        length = decoder.norm(dim=1, keepdim=True)
+        scale_to_one(decoder, group.parts)
+        encoder = unit.repeat(1, reads) * (length / decoder.norm(dim=1, keepdim=True) / reads)
         log_threshold = None
         if config.activation == "jumprelu":
             first = torch.tensor(config.first_threshold, dtype=bias.dtype).log()
             log_threshold = first.repeat(config.features).to(bias.device)
-        encoder = unit.repeat(1, reads) * (writes / reads)
         groups.append(GroupWeights(encoder, bias.new_zeros(config.features), decoder, log_threshold))
     return Weights(groups, bias.clone())
