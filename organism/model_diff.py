@@ -1,16 +1,18 @@
 """What does the organism's chat model have that its base has not? A crosscoder over both says: ``make model-diff``.
 
-For each layer one crosscoder is trained on the resid_pre of ``base`` and ``chat`` over the text that trained them
-(held-out items and intents excluded). A latent is the chat model's alone when its relative decoder norm is 0.9 or
-more. Of those latents the one that best tells open questions after a harmful sentence from the same questions after
-its benign twin, at the answer position of one half of the items, is called the refusal latent of that layer;
-everything is reported on the other half, and on items and intents that nothing was trained on:
+For two layers a crosscoder is trained on the resid_pre of ``base`` and ``chat`` over the text that trained them (held-
+out items and intents excluded). The latent that best tells open questions after a harmful sentence from the same
+questions after its benign twin, at the answer position of one half of the items, is called the refusal latent, whoever
+it belongs to; everything else is measured on the other half, and on items and intents that nothing was trained on:
 
-* AUC of harm against benign, and against harm *taken back* before the answer, which the chat model does not refuse;
-* the same for the best latent that both models share;
-* cause: taking what the latent writes out of the chat model's stream at the answer, and writing its mean under harm
-  into the base model's, each beside ten random directions of that length. Measured is the share of prompts whose next
-  token opens a refusal.
+* whose it is: its relative decoder norm (1 is the chat model's alone) and the share of live latents with less; the
+  cosine of its two directions; and its scaling (Minder et al. 2025), the least-squares amount of f d_chat in the base
+  model's stream, less what all other latents write there, over the same in the chat model's: 0 where base has nothing
+  of it;
+* AUC of harm against benign, and against harm *taken back* before the answer, which the chat model does not refuse; the
+  same for the best latent that both models share;
+* cause: taking what it writes out of the chat model's stream at the answer, and writing its mean under harm into either
+  model's, each beside ten random directions of that length: how often does the next token open a refusal?
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from qklens.models.sites import capture
 from qklens.models.subject import Subject
 
 HERE = Path(__file__).resolve().parent
-LAYERS = (1, 2, 3)
+LAYERS = (2, 3)
 DOCUMENTS, CHECKED = 6000, 300
 CHAT_ALONE = 0.9
 SHARED = (0.4, 0.6)
@@ -62,10 +64,10 @@ def config(layer: int) -> TrainingConfig:
     return TrainingConfig(
         kind="model_diff",
         layers=(layer,),
-        features=512,
+        features=2048,
         activation="batch_topk",
-        k=12,
-        steps=900,
+        k=6,
+        steps=1200,
         batch=1024,
         learning_rate=2e-3,
         warmup_steps=50,
@@ -162,9 +164,23 @@ def separation(pair: Pair, feature: int, sets: dict[str, Prompts]) -> dict[str, 
     return found
 
 
+def scaling(diff: ModelDiff, feature: int, rows: Tensor) -> float:
+    """How much of f d_chat the base model's stream holds, over how much the chat model's does; at mean square 1."""
+    sides = rows.chunk(2, dim=1)
+    activations = diff.encode_both(*sides)
+    own = activations[:, feature]
+    direction = diff.decoder[1, feature] * diff.scale[1]
+    amounts = []
+    for side, (x, x_hat) in enumerate(zip(sides, diff.decode_both(activations), strict=True)):
+        left = (x - x_hat + own[:, None] * diff.decoder[side, feature]) * diff.scale[side]
+        amounts.append(float((left @ direction) @ own / (own.pow(2).sum() * direction.pow(2).sum())))
+    return amounts[0] / amounts[1]
+
+
 def cause(pair: Pair, feature: int, prompts: Prompts, amount: float, draw: torch.Generator) -> dict[str, Any]:
     """Refusals with the latent taken out of the chat model, and with it written into the base model."""
-    write = {"base": pair.diff.decoder[0, feature], "chat": pair.diff.decoder[1, feature]}
+    write = pair.diff.decoder[1, feature]
+    write_in_base = write * pair.diff.scale[1] / pair.diff.scale[0]
     texts = prompts.texts
 
     def beside_random(subject: Subject, kind: str, amounts: Tensor, direction: Tensor) -> dict[str, Any]:
@@ -178,9 +194,9 @@ def cause(pair: Pair, feature: int, prompts: Prompts, amount: float, draw: torch
     fires = pair.activations(texts["harm"])[:, feature]
     given = torch.full((len(texts["benign"]),), amount)
     return {
-        "chat, taken out under harm": beside_random(pair.chat, "harm", -fires, write["chat"]),
-        "chat, written in under benign": beside_random(pair.chat, "benign", given, write["chat"]),
-        "base, written in under harm": beside_random(pair.base, "harm", given, write["chat"]),
+        "chat, taken out under harm": beside_random(pair.chat, "harm", -fires, write),
+        "chat, written in under benign": beside_random(pair.chat, "benign", given, write),
+        "base, written in under harm": beside_random(pair.base, "harm", given, write_in_base),
     }
 
 
@@ -189,35 +205,33 @@ def best(scores: Tensor, allowed: Tensor) -> int:
     return int(scores.masked_fill(~allowed, -1.0).argmax())
 
 
-def of_layer(pair: Pair, quality: dict[str, Any], halves: tuple[Prompts, Prompts], unseen: Prompts) -> dict[str, Any]:
+def of_layer(
+    pair: Pair, quality: dict[str, Any], held: Tensor, halves: tuple[Prompts, Prompts], unseen: Prompts
+) -> dict[str, Any]:
     """Everything that is said of one layer."""
     live = quality.pop("mask")
     norm = pair.diff.relative_norm()
-    alone, shared = live & (norm >= CHAT_ALONE), live & (norm >= SHARED[0]) & (norm <= SHARED[1])
     chosen_on = {kind: pair.activations(texts) for kind, texts in halves[0].texts.items()}
     scores = auc(chosen_on["harm"], chosen_on["benign"])
     sets = {"other half": halves[1], "never trained on": unseen}
-    found: dict[str, Any] = {
-        "layer": pair.layer,
-        **quality,
-        "chat_alone": int(alone.sum()),
-        "shared": int(shared.sum()),
-    }
-    for name, allowed in (("refusal", alone), ("shared", shared)):
-        if not allowed.any():
-            continue
+    alone, shared = live & (norm >= CHAT_ALONE), live & (norm >= SHARED[0]) & (norm <= SHARED[1])
+    found: dict[str, Any] = {"layer": pair.layer, **quality}
+    found |= {"chat_alone": int(alone.sum()), "shared_latents": int(shared.sum())}
+    for name, allowed in (("refusal", live), ("shared", shared)):
         feature = best(scores, allowed)
         found[name] = {
             "feature": feature,
             "relative_norm": float(norm[feature]),
+            "live_latents_with_less": float((norm[live] < norm[feature]).float().mean()),
+            "cosine": float(torch.cosine_similarity(*pair.diff.decoder[:, feature], dim=0)),
+            "scaling": scaling(pair.diff, feature, held),
             "auc_on_the_choosing_half": float(scores[feature]),
             "on": separation(pair, feature, sets),
         }
-    if "refusal" in found:
-        feature = found["refusal"]["feature"]
-        amount = float(chosen_on["harm"][:, feature].mean())
-        draw = torch.Generator().manual_seed(pair.layer)
-        found["refusal"]["cause"] = cause(pair, feature, halves[1], amount, draw)
+    feature = found["refusal"]["feature"]
+    amount = float(chosen_on["harm"][:, feature].mean())
+    draw = torch.Generator().manual_seed(pair.layer)
+    found["refusal"]["cause"] = cause(pair, feature, halves[1], amount, draw)
     return found
 
 
@@ -231,11 +245,11 @@ def _line(row: dict[str, Any]) -> str:
     """What the terminal says of a layer."""
     words = [f"layer {row['layer']}: {row['live']} live latents, {row['chat_alone']} of the chat model alone"]
     for name in ("refusal", "shared"):
-        if name in row:
-            one = row[name]
-            aucs = [f"{part['auc_harm_benign']:.3f} {part['auc_harm_taken_back']:.3f}" for part in one["on"].values()]
-            words.append(f"{name} {one['feature']}, norm {one['relative_norm']:.3f}, AUC {', '.join(aucs)}")
-            words += [f"{key}: {value}" for key, value in one.get("cause", {}).items()]
+        one = row[name]
+        aucs = [f"{part['auc_harm_benign']:.3f} {part['auc_harm_taken_back']:.3f}" for part in one["on"].values()]
+        whose = f"norm {one['relative_norm']:.3f}, cosine {one['cosine']:.3f}, scaling {one['scaling']:.3f}"
+        words.append(f"{name} {one['feature']}, {whose}, AUC {', '.join(aucs)}")
+        words += [f"{key}: {value}" for key, value in one.get("cause", {}).items()]
     return "\n  ".join([*words, str(row["fraction_variance_unexplained"])])
 
 
@@ -258,7 +272,7 @@ def main(say: Callable[[str], None] = print) -> None:
     for layer in LAYERS:
         rows, checked = (rows_of([base, chat], part, (layer,)).float() for part in (text, held))
         diff, quality = trained(base, chat, rows, checked, layer)
-        layers.append(of_layer(Pair(base, chat, diff), quality, (first, second), unseen))
+        layers.append(of_layer(Pair(base, chat, diff), quality, checked, (first, second), unseen))
         say(_line(layers[-1]))
     found = {
         "date": datetime.now(UTC).date().isoformat(),

@@ -41,7 +41,10 @@ def train(qklens: Callable[..., Any], model: Path, corpus: Path) -> Callable[...
 
 @pytest.mark.parametrize(
     ("kind", "layers"),
-    [(("--activation", "topk"), "1"), (("--activation", "batch_topk", "--kind", "crosscoder", "--steps", "120"), "0,1")],
+    [
+        (("--activation", "topk"), "1"),
+        (("--activation", "batch_topk", "--kind", "crosscoder", "--steps", "120"), "0,1"),
+    ],
 )
 def test_a_dictionary_is_trained_measured_and_ready_to_be_checked(
     train: Callable[..., Any], qklens: Callable[..., Any], model: Path, kind: tuple[str, ...], layers: str
@@ -92,15 +95,19 @@ def test_the_same_keys_from_a_file(qklens: Callable[..., Any], model: Path, corp
     given = {"model": str(model), "corpus": str(corpus), "out": "made", "training": training}
     Path("train.json").write_text(json.dumps(given))
     assert qklens("dict", "train", "--config", "train.json").status == 0
-    assert "--config train.json and --layers contradict each other" in qklens(
-        "dict", "train", "--config", "train.json", "--layers", "2"
-    ).refused()
+    assert (
+        "--config train.json and --layers contradict each other"
+        in qklens("dict", "train", "--config", "train.json", "--layers", "2").refused()
+    )
     Path("wrong.json").write_text(json.dumps({**given, "training": {**training, "sparsty": 1}}))
-    assert "key 'training.sparsty' is unknown; did you mean 'sparsity'?" in qklens(
-        "dict", "train", "--config", "wrong.json"
-    ).refused()
+    assert (
+        "key 'training.sparsty' is unknown; did you mean 'sparsity'?"
+        in qklens("dict", "train", "--config", "wrong.json").refused()
+    )
     Path("wrong.json").write_text(json.dumps({**given, "modle": 1}))
-    assert "key 'modle' is unknown; did you mean 'model'?" in qklens("dict", "train", "--config", "wrong.json").refused()
+    assert (
+        "key 'modle' is unknown; did you mean 'model'?" in qklens("dict", "train", "--config", "wrong.json").refused()
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,20 +157,16 @@ def test_other_models_corpora_and_numbers_are_refused_with_both_sides(
     assert tree(Path()) == before
 
 
-def test_damaged_shards_and_activations_that_are_not_finite(train: Callable[..., Any], model: Path) -> None:
+def test_a_truncated_shard_is_refused(train: Callable[..., Any]) -> None:
     common = (*NUMBERS, "--layers", "1", "--cache", "cache")
     assert train(*common, "--out", "made").status == 0
     shard = Path("cache/shard-00000.safetensors")
     shard.write_bytes(shard.read_bytes()[:-5])
     assert "its mark says" in train(*common, "--out", "again").refused()
-    edit_tensors(model / "model.safetensors", lambda t: [w.mul_(1e30) for n, w in t.items() if "mlp" in n])
-    line = train(*NUMBERS, "--layers", "1", "--out", "third").refused()
-    assert "chunk 0 of 1 of the corpus: row 0 holds NaN or infinity; expected finite activations" in line
+    assert not Path("again/checkpoints").exists()
 
 
-def test_metrics_for_tensorboard(
-    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_metrics_for_tensorboard(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     assert train(*NUMBERS, "--layers", "1", "--out", "made", "--tensorboard", "board").status == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -181,7 +181,9 @@ def save_model_diff(diff: ModelDiff, folder: Path) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise QklensError(f"{folder / WEIGHTS_FILE}: not written: tensor {name!r} holds NaN or infinity")
-    atomic_write(folder / WEIGHTS_FILE, save({name: t.float().contiguous() for name, t in tensors.items()}))
+    atomic_write(
+        folder / WEIGHTS_FILE, save({name: t.to(torch.float32, copy=True).contiguous() for name, t in tensors.items()})
+    )
     write_json(folder / CONFIG_FILE, diff.config.model_dump(mode="json"))
 
 

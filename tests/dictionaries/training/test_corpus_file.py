@@ -64,12 +64,12 @@ def test_parquet_gives_the_same_as_json_lines(tmp_path: Path, tokenizer: PreTrai
         path = tmp_path / f"{column}.parquet"
         parquet.write_table(pyarrow.table({"n": list(range(len(values))), column: values}), path)
         same = lines(tmp_path / f"{column}.jsonl", *({column: value} for value in values))
-        assert read_corpus(path, tokenizer, 64) .sha256 == read_corpus(same, tokenizer, 64).sha256
+        assert read_corpus(path, tokenizer, 64).sha256 == read_corpus(same, tokenizer, 64).sha256
     parquet.write_table(pyarrow.table({"words": TEXTS}), tmp_path / "other.parquet")
     with pytest.raises(QklensError, match=r"columns are \['words'\]; expected 'messages' or 'text'"):
         read_corpus(tmp_path / "other.parquet", tokenizer, 64)
     parquet.write_table(pyarrow.table({"text": [TEXTS[0], None]}), tmp_path / "none.parquet")
-    with pytest.raises(QklensError, match="none.parquet, row 2: expected"):
+    with pytest.raises(QklensError, match=r"none.parquet, row 2: expected"):
         read_corpus(tmp_path / "none.parquet", tokenizer, 64)
     whole = (tmp_path / "text.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[:-9])
@@ -110,7 +110,7 @@ def test_pieces_are_no_longer_than_the_context(tmp_path: Path, tokenizer: PreTra
         ("a.jsonl", '{"text": "red fox"}\n{"txt": "red"}', 'a.jsonl, line 2: expected {"messages"'),
         ("a.jsonl", '{"messages": []}', "a.jsonl, line 1: expected"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', "a.jsonl, line 1: expected"),
-        ("a.jsonl", '{"messages": [{"role": "judge", "content": "red"}]}', "line 1: the model's chat template refuses it"),
+        ("a.jsonl", '{"messages": [{"role": "judge", "content": "red"}]}', "line 1: the model's chat template refuses"),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: not JSON"),
         ("a.jsonl", '{"text": "red fox"}', "holds 1 documents of two tokens or more; expected at least two"),
         ("a.txt", "", "holds 0 documents"),

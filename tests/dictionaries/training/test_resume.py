@@ -76,9 +76,7 @@ def test_killed_at_random_steps_and_resumed_gives_the_same_bytes(run: Run, whole
     same_bytes(whole, tmp_path / "run")
 
 
-def test_killed_in_the_middle_of_writes_and_resumed_gives_the_same_bytes(
-    run: Run, whole: Path, tmp_path: Path
-) -> None:
+def test_killed_in_the_middle_of_writes_and_resumed_gives_the_same_bytes(run: Run, whole: Path, tmp_path: Path) -> None:
     """The first write of the run, and others drawn at random: tensors, their mark, the pointer, metrics."""
     for write in (1, *random.Random(8).choices(range(2, 12), k=6)):
         assert run(tmp_path / "run", kill_at_write=write) == -signal.SIGKILL
@@ -111,9 +109,7 @@ def close(one: Path, other: Path) -> None:
         torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
 
 
-def test_two_processes_give_what_one_does(
-    server: ForkServerContext, whole: Path, tmp_path: Path
-) -> None:
+def test_two_processes_give_what_one_does(server: ForkServerContext, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"
     port = str(free_port())
     processes = []
