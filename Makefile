@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ORACLE := .venv-oracle
 NNSIGHT := .venv-nnsight
+SPARSIFY := .venv-sparsify
+SAELENS := .venv-saelens
 MODEL ?= organism
 SWEEP ?= --items 16 --slow-items 4
+TRAINING ?= --steps 30
 export HF_HUB_OFFLINE := 1
 
-.PHONY: study test coverage check organism arms oracle rivals wheel clean
+.PHONY: study test coverage check organism arms model-diff oracle rivals train-rivals wheel clean
 
 study: $(INSTALLED)  ## run the harm-pressure study on the model that ships
 	$(BIN)/qklens study harm-pressure
@@ -33,6 +36,9 @@ organism: $(VENV)/.dev  ## train the shipped models and their dictionary again
 arms: $(VENV)/.dev  ## which training examples make the organism withhold: train the arms again
 	nice -n 19 $(BIN)/python -m organism.arms
 
+model-diff: $(VENV)/.dev  ## what the organism's chat model has that its base has not: a crosscoder over both
+	nice -n 19 $(BIN)/python -m organism.model_diff
+
 oracle: $(INSTALLED) $(ORACLE)/.installed  ## compare with TransformerLens, which has an environment of its own
 	$(BIN)/python -m oracle.qklens_side
 	$(ORACLE)/bin/python -m oracle.lens_side
@@ -41,6 +47,10 @@ oracle: $(INSTALLED) $(ORACLE)/.installed  ## compare with TransformerLens, whic
 rivals: $(INSTALLED) $(ORACLE)/.installed $(NNSIGHT)/.installed  ## time a steering sweep beside other tools: MODEL=DIR
 	$(BIN)/python -m benchmarks.sweep --model $(MODEL) $(SWEEP) \
 	  --lens-python $(ORACLE)/bin/python --nnsight-python $(NNSIGHT)/bin/python
+
+train-rivals: $(INSTALLED) $(SPARSIFY)/.installed $(SAELENS)/.installed  ## time dictionary training beside other tools
+	$(BIN)/python -m benchmarks.dictionary_training $(TRAINING) \
+	  --sparsify-python $(SPARSIFY)/bin/python --saelens-python $(SAELENS)/bin/python
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel
@@ -72,5 +82,19 @@ $(NNSIGHT)/.installed: benchmarks/rivals/constraints.txt
 	$(NNSIGHT)/bin/python -m pip install --quiet nnsight -c benchmarks/rivals/constraints.txt
 	touch $@
 
+$(SPARSIFY)/.installed: benchmarks/rivals/sparsify-constraints.txt
+	$(PYTHON) -m venv $(SPARSIFY)
+	$(SPARSIFY)/bin/python -m pip install --quiet --upgrade -c benchmarks/rivals/sparsify-constraints.txt pip
+	$(SPARSIFY)/bin/python -m pip install --quiet torch -c benchmarks/rivals/sparsify-constraints.txt
+	$(SPARSIFY)/bin/python -m pip install --quiet eai-sparsify -c benchmarks/rivals/sparsify-constraints.txt
+	touch $@
+
+$(SAELENS)/.installed: benchmarks/rivals/saelens-constraints.txt
+	$(PYTHON) -m venv $(SAELENS)
+	$(SAELENS)/bin/python -m pip install --quiet --upgrade -c benchmarks/rivals/saelens-constraints.txt pip
+	$(SAELENS)/bin/python -m pip install --quiet torch -c benchmarks/rivals/saelens-constraints.txt
+	$(SAELENS)/bin/python -m pip install --quiet sae-lens -c benchmarks/rivals/saelens-constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ORACLE) $(NNSIGHT) dist build runs
+	rm -rf $(VENV) $(ORACLE) $(NNSIGHT) $(SPARSIFY) $(SAELENS) dist build runs

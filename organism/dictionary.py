@@ -18,9 +18,13 @@ from organism.corpus import World, load
 from organism.recipe import RECIPE
 from organism.stages import Sampler
 from organism.train import DATA, OUT
-from qklens.analyses.fidelity import measure_fidelity, stream_rows
+from qklens.analyses.fidelity import measure_fidelity
 from qklens.dictionaries.crosscoder import Crosscoder, save_crosscoder
-from qklens.dictionaries.training import TrainingConfig, train_crosscoder
+from qklens.dictionaries.training.config import TrainingConfig
+from qklens.dictionaries.training.finish import as_crosscoder
+from qklens.dictionaries.training.harvest import stream_rows
+from qklens.dictionaries.training.rows import HeldRows
+from qklens.dictionaries.training.trainer import Trainer
 from qklens.files import atomic_write
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
@@ -29,12 +33,18 @@ from qklens.studies.dictionary_check import record_fidelity
 LAYERS = (1, 2, 3)
 DOCUMENTS, CHECKED = 6000, 300
 CONFIG = TrainingConfig(
-    features_per_layer=384,
-    active_per_layer=10,
+    kind="crosscoder",
+    layers=LAYERS,
+    features=384,
+    activation="batch_topk",
+    k=10,
     steps=700,
     batch=1024,
     learning_rate=2e-3,
+    beta2=0.99,
+    warmup_steps=50,
     auxiliary_weight=0.03,
+    auxiliary_k=32,
     dead_after_steps=200,
     seed=0,
 )
@@ -62,7 +72,7 @@ def card(crosscoder: Crosscoder) -> str:
 
 A weakly causal crosscoder: {config.features_per_layer} features read each of resid_pre.{config.layers[0]} to
 resid_pre.{config.layers[-1]} and write that layer and every later one. Trained on the chat checkpoint's own training
-text (held-out items and intents excluded) with BatchTopK, {config.training["active_per_layer"]} active features a token
+text (held-out items and intents excluded) with BatchTopK, {config.training["k"]} active features a token
 and layer on average; a fixed threshold ({threshold:.4f}) at inference.
 
 Measured on {CHECKED} documents not used for training, on the stored float16 weights:
@@ -95,14 +105,11 @@ def main() -> None:
         raise ValueError("the corpus holds out other items or intents than the organism's training did")
     rows = stream_rows(subject, sequences(world, subject, DOCUMENTS, seed=100), LAYERS)
     print(f"{len(rows[LAYERS[0]])} tokens", flush=True)
-    trained = train_crosscoder(
-        rows,
-        CONFIG,
-        name="organism-crosscoder",
-        model_sha256=subject.sha256 or "",
-        report=lambda step, m: print(step, {k: round(v, 4) for k, v in m.items()}, flush=True),
+    trained = Trainer(HeldRows([rows[m] for m in LAYERS]), CONFIG).run(
+        lambda step, m: print(step, {k: round(v, 4) for k, v in m.items()}, flush=True)
     )
-    stored = _through_float16(trained)
+    made = as_crosscoder(trained.learner, trained.scale, name="organism-crosscoder", model_sha256=subject.sha256 or "")
+    stored = _through_float16(made)
     checked = sequences(world, subject, CHECKED, seed=900)
     fidelity = measure_fidelity(subject, stored, checked)
     folder = options.organism / "dictionary"

@@ -204,3 +204,14 @@ def test_a_layer_it_does_not_write_is_refused() -> None:
 def test_a_stream_of_another_width_is_refused() -> None:
     with pytest.raises(QklensError, match=r"vectors of 5 dimensions.*has 9; it belongs to another model"):
         write_parts(random_crosscoder(), 0, lambda layer: torch.zeros(3, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tied_weights_are_stored_twice(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Encoder and decoder that are one tensor, or views of one, come back as two."""
+    crosscoder = random_crosscoder(layers=(3,))
+    tied = replace(crosscoder, decoder=dict(crosscoder.encoder))
+    save_crosscoder(tied, tmp_path, dtype=dtype)
+    loaded = load_crosscoder(tmp_path)
+    assert torch.equal(loaded.decoder[3], loaded.encoder[3])
+    assert torch.equal(loaded.encoder[3], crosscoder.encoder[3].to(dtype).float())

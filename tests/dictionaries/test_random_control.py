@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qklens.analyses.fidelity import stream_rows
 from qklens.dictionaries.crosscoder import load_crosscoder
 from qklens.dictionaries.directions import Directions
 from qklens.dictionaries.random_control import LAWS, RandomLaw, random_control
 from qklens.dictionaries.source import FeatureSource, write_parts
+from qklens.dictionaries.training.harvest import stream_rows
 from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.studies.resources import organism_folder

@@ -11,34 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from qklens.dictionaries.config import Fidelity
 from qklens.dictionaries.source import FeatureSource, fraction_variance_unexplained, write_parts
+from qklens.dictionaries.training.harvest import after_first, batches_by_length, stream_rows
 from qklens.errors import QklensError
-from qklens.models.batch import Batch, left_padded
+from qklens.models.batch import Batch
 from qklens.models.copies import Reads
 from qklens.models.edits import Edit, VectorEdit
 from qklens.models.passes import run_pass
 from qklens.models.subject import Subject
-
-_ROWS = 64
-
-
-def stream_rows(
-    subject: Subject, sequences: Sequence[Sequence[int]], layers: Sequence[int]
-) -> dict[int, Float[Tensor, "row d_model"]]:
-    """resid_pre of every real token but each sequence's first, the same rows in every layer."""
-    rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for batch in _batches(subject, sequences):
-        inner = _after_first(batch)
-
-        def keep(layer: int, inner: Tensor = inner) -> Callable[[Tensor], None]:
-            return lambda x: rows[layer].append(x[inner].float().cpu())
-
-        run_pass(subject, batch, reads=Reads({layer: keep(layer) for layer in layers}, {}))
-    return {layer: torch.cat(parts) for layer, parts in rows.items()}
 
 
 def measure_fidelity(
@@ -81,14 +64,14 @@ def measure_fidelity(
 def _replacer(
     layer: int, change: Callable[[Tensor, Callable[[int], Tensor]], Tensor], sees: tuple[int, ...] = ()
 ) -> Callable[[Batch], list[Edit]]:
-    return lambda batch: [VectorEdit(layer, "residual", _after_first(batch), change, sees=sees)]
+    return lambda batch: [VectorEdit(layer, "residual", after_first(batch), change, sees=sees)]
 
 
 def _loss(subject: Subject, sequences: Sequence[Sequence[int]], edits: Callable[[Batch], list[Edit]]) -> float:
     """Mean next-token cross-entropy over all tokens."""
     norm, unembed = subject.family.final_norm(subject.model), subject.unembedding
     total, count = 0.0, 0
-    for batch in _batches(subject, sequences):
+    for batch in batches_by_length(subject, sequences):
         kept: list[Tensor] = []
         run_pass(subject, batch, edits(batch), Reads({subject.n_layers: kept.append}, {}))
         with torch.no_grad():
@@ -97,14 +80,3 @@ def _loss(subject: Subject, sequences: Sequence[Sequence[int]], edits: Callable[
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
         count += int((targets != -100).sum())
     return total / count
-
-
-def _batches(subject: Subject, sequences: Sequence[Sequence[int]]) -> list[Batch]:
-    ordered = sorted(sequences, key=len)
-    pad = subject.pad_id
-    return [left_padded(ordered[i : i + _ROWS], pad, subject.device) for i in range(0, len(ordered), _ROWS)]
-
-
-def _after_first(batch: Batch) -> Tensor:
-    """Real tokens but each row's first, whose stream is an outlier in many models."""
-    return (batch.attention_mask == 1) & (batch.position_ids > 0)

@@ -1,4 +1,4 @@
-"""`qklens dict`: check, convert and export dictionaries. Other commands of `dict` have modules of their own."""
+"""`qklens dict`: check, convert and export dictionaries; `train` and `show` have modules of their own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from qklens.cli import dict_show, show, show_dict
+from qklens.cli import dict_show, dict_train, show, show_dict
 from qklens.cli.options import Device, Dtype, Json, Model
 from qklens.errors import QklensError
 
-dict_app = typer.Typer(no_args_is_help=True, help="Dictionaries: check, convert, export, show.")
+dict_app = typer.Typer(no_args_is_help=True, help="Dictionaries: train, check, convert, export, show.")
+dict_app.command("train")(dict_train.train)
 dict_app.command("show")(dict_show.show_feature)
-# Further commands register here: dict_app.command("train")(dict_train.train).
 
 Directory = Annotated[Path, typer.Argument(help="A dictionary directory, of qklens or of another tool.")]
 New = Annotated[Path, typer.Argument(help="A directory that is new or empty.")]

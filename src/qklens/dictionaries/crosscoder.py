@@ -134,7 +134,8 @@ def save_crosscoder(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype = t
         tensors[f"decoder_bias.{layer}"] = crosscoder.decoder_bias[layer]
     for layer, values in crosscoder.thresholds.items():
         tensors[f"threshold.{layer}"] = values
-    stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    # Copies, because encoder and decoder may be one tensor, which the format has no word for.
+    stored = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
     for name, tensor in stored.items():
         if not torch.isfinite(tensor).all():
             raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} does not fit {dtype}; save it as float32")

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qklens.analyses.fidelity import measure_fidelity, stream_rows
+from qklens.analyses.fidelity import measure_fidelity
 from qklens.data.items import Dataset, load_dataset
 from qklens.dictionaries.config import Fidelity
 from qklens.dictionaries.crosscoder import Crosscoder
 from qklens.dictionaries.formats.detect import load_dictionary
 from qklens.dictionaries.random_control import random_control
+from qklens.dictionaries.training.harvest import stream_rows
 from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject

@@ -18,18 +18,31 @@ def read_spec(path: Path) -> SteerSpec:
     """The sweep that a file holds.
 
     Raises:
-        QklensError: another kind of file, one that cannot be read, a key that is unknown or stands twice, a value of
-            another kind, or a combination that cannot exist.
+        QklensError: as `read_mapping`; also a key that is unknown, a value of another kind, or a combination that
+            cannot exist.
+    """
+    return SteerSpec.parse(read_mapping(path, "--spec"), str(path))
+
+
+def read_mapping(path: Path, flag: str) -> dict[str, object]:
+    """Keys and values of a YAML or JSON file.
+
+    Args:
+        path: the file.
+        flag: the option that named it, for errors.
+
+    Raises:
+        QklensError: another kind of file, one that cannot be read, or a key that stands twice.
     """
     if path.suffix not in _SUFFIXES:
-        raise QklensError(f"--spec {path}: expected a name that ends in {', '.join(_SUFFIXES)}")
+        raise QklensError(f"{flag} {path}: expected a name that ends in {', '.join(_SUFFIXES)}")
     try:
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise QklensError(f"--spec {path}: cannot read ({error.strerror}); expected a YAML or JSON file") from error
+        raise QklensError(f"{flag} {path}: cannot read ({error.strerror}); expected a YAML or JSON file") from error
     if len(data) > _MOST_BYTES:
-        raise QklensError(f"--spec {path}: is larger than {_MOST_BYTES} bytes; expected a spec of a few lines")
+        raise QklensError(f"{flag} {path}: is larger than {_MOST_BYTES} bytes; expected a spec of a few lines")
     try:
         text = data.decode("utf-8-sig")
         given = json.loads(text, object_pairs_hook=_distinct) if path.suffix == ".json" else _yaml(text)
@@ -38,7 +51,7 @@ def read_spec(path: Path) -> SteerSpec:
         raise QklensError(f"{path}: not {kind} that holds a spec ({reason(error)}); repair the file") from error
     if not isinstance(given, dict):
         raise QklensError(f"{path}: holds a {type(given).__name__}; expected keys and values, as `side: query`")
-    return SteerSpec.parse(given, str(path))
+    return given
 
 
 def _yaml(text: str) -> object:

@@ -1,0 +1,227 @@
+"""A crosscoder over two checkpoints: one set of features reads and writes the stream of the base and of the chat model.
+
+    a   = θ(W_base (x_base − b_base) + W_chat (x_chat − b_chat) + b_enc)
+    x̂_m = Σᵢ aᵢ dᵢ^m + b_m                                              m = base, chat
+
+Both models read the same tokens, at one layer. The relative norm r = ‖s d^chat‖ / (‖s d^base‖ + ‖s d^chat‖), with each
+stream at mean square 1, says whose a feature is: near 0 the base model's alone, near 1 the chat model's, 1/2 shared
+(Lindsey et al. 2024). A norm near 1 alone can come from shrinkage: see also where the feature fires.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveInt, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from qklens.dictionaries.activation import Activation, JumpRelu, activate
+from qklens.dictionaries.config import CONFIG_FILE, WEIGHTS_FILE
+from qklens.dictionaries.source import Stream, at_least_float32, check_layer, dense_decode
+from qklens.errors import QklensError
+from qklens.files import atomic_write, read_json, sha256_files, write_json
+from qklens.strict import Strict
+
+FORMAT = "qklens-model-diff-1"
+SIDES = ("base", "chat")
+
+
+class DiffFidelity(Strict):
+    """Quality on tokens not trained on.
+
+    Attributes:
+        l0: active features a token.
+        fraction_variance_unexplained: by side.
+    """
+
+    l0: float
+    fraction_variance_unexplained: dict[str, float]
+
+
+class ModelDiffConfig(Strict):
+    """What the weights alone do not say."""
+
+    format: Literal["qklens-model-diff-1"] = FORMAT
+    name: str
+    layer: int
+    features: PositiveInt
+    d_model: PositiveInt
+    activation: Activation
+    site: Literal["resid_pre"]
+    base_sha256: str
+    chat_sha256: str
+    training: dict[str, Any]
+    fidelity: DiffFidelity | None
+
+
+@dataclass(frozen=True, eq=False)
+class ModelDiff:
+    """The dictionary in memory. As a feature source it is the chat model's, and cannot encode: see `encode`.
+
+    Attributes:
+        config: its configuration.
+        encoder: W, base first.
+        encoder_bias: b_enc.
+        decoder: d, base first.
+        decoder_bias: b, base first.
+        scale: by which each stream was multiplied in training; norms are compared with it.
+        thresholds: tᵢ, for jumprelu alone.
+        sha256: of the files that it was read from.
+    """
+
+    config: ModelDiffConfig
+    encoder: Float[Tensor, "side feature d_model"]
+    encoder_bias: Float[Tensor, " feature"]
+    decoder: Float[Tensor, "side feature d_model"]
+    decoder_bias: Float[Tensor, "side d_model"]
+    scale: Float[Tensor, " side"]
+    thresholds: Float[Tensor, " feature"] | None = None
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.config.name
+
+    @property
+    def site(self) -> str:
+        """The kind of site that it reads and writes."""
+        return self.config.site
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The one layer."""
+        return (self.config.layer,)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """`L<layer>/<index>`."""
+        return tuple(f"L{self.config.layer}/{i}" for i in range(self.config.features))
+
+    def reads(self, layer: int) -> tuple[int, ...]:
+        """The one layer, of both models."""
+        check_layer(self, layer)
+        return self.layers
+
+    def encode(self, layer: int, stream: Stream) -> Float[Tensor, "*any feature"]:
+        """Refused: a stream of the chat model alone does not say what is active.
+
+        Raises:
+            QklensError: always; `encode_both` takes both streams.
+        """
+        raise QklensError(
+            f"dictionary {self.name!r} encodes two checkpoints side by side, and a study of one model has no stream of "
+            "the other; use ModelDiff.encode_both, or train an SAE on the chat model"
+        )
+
+    def encode_both(
+        self, base: Float[Tensor, "*any d_model"], chat: Float[Tensor, "*any d_model"]
+    ) -> Float[Tensor, "*any feature"]:
+        """Activations from both models' streams at the same tokens."""
+        before = self.encoder_bias
+        for i, stream in enumerate((base, chat)):
+            x = at_least_float32(stream)
+            before = before + (x - self.decoder_bias[i].to(x)) @ self.encoder[i].to(x).T
+        return activate(self.config.activation, before, self.thresholds)
+
+    def decode_both(
+        self, activations: Float[Tensor, "*any feature"]
+    ) -> tuple[Float[Tensor, "*any d_model"], Float[Tensor, "*any d_model"]]:
+        """What activations write in the base and in the chat model's stream."""
+        base, chat = (activations @ self.decoder[i].to(activations) + self.decoder_bias[i] for i in range(2))
+        return base, chat
+
+    def decode(self, layer: int, activations: Float[Tensor, "*any feature"]) -> Float[Tensor, "*any d_model"]:
+        """What activations write in the chat model's stream."""
+        return dense_decode(self, layer, activations)
+
+    def directions(self, layer: int) -> Float[Tensor, "feature d_model"]:
+        """The chat model's decoder directions."""
+        check_layer(self, layer)
+        return self.decoder[1]
+
+    def bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """The chat model's decoder bias."""
+        check_layer(self, layer)
+        return self.decoder_bias[1]
+
+    def relative_norm(self) -> Float[Tensor, " feature"]:
+        """How far a feature is the chat model's: 0 is the base model's alone, 1 the chat model's alone."""
+        base, chat = torch.linalg.vector_norm(self.decoder, dim=2) * self.scale[:, None]
+        return chat / (base + chat).clamp(min=1e-12)
+
+    def describe(self) -> dict[str, Any]:
+        """What results and manifest say of it."""
+        fidelity = self.config.fidelity.model_dump(mode="json") if self.config.fidelity else None
+        return {
+            "name": self.name,
+            "kind": "crosscoder over two checkpoints",
+            "layers": list(self.layers),
+            "n_features": self.config.features,
+            "fidelity": fidelity,
+            "sha256": self.sha256,
+        }
+
+
+def save_model_diff(diff: ModelDiff, folder: Path) -> None:
+    """Write its two files atomically in float32, weights first and config last.
+
+    Raises:
+        QklensError: a value that is not finite, or a full disk.
+    """
+    tensors = {name: getattr(diff, name) for name in ("encoder", "encoder_bias", "decoder", "decoder_bias", "scale")}
+    if diff.thresholds is not None:
+        tensors["threshold"] = diff.thresholds
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise QklensError(f"{folder / WEIGHTS_FILE}: not written: tensor {name!r} holds NaN or infinity")
+    atomic_write(
+        folder / WEIGHTS_FILE, save({name: t.to(torch.float32, copy=True).contiguous() for name, t in tensors.items()})
+    )
+    write_json(folder / CONFIG_FILE, diff.config.model_dump(mode="json"))
+
+
+def load_model_diff(folder: Path, device: torch.device | str = "cpu") -> ModelDiff:
+    """Read a dictionary directory that `save_model_diff` wrote.
+
+    Raises:
+        QklensError: a missing or damaged file, another format, an unknown key, a missing tensor or a wrong shape.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        config = ModelDiffConfig.model_validate(read_json(folder / CONFIG_FILE))
+        tensors = load_file(path)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise QklensError(f"{folder / CONFIG_FILE}: key {key!r}: {first['msg']}; expected {FORMAT!r}") from error
+    except (SafetensorError, OSError) as error:
+        raise QklensError(f"{path}: damaged ({error}); copy it again") from error
+    n, width = config.features, config.d_model
+
+    def take(name: str, *shape: int) -> Tensor:
+        if name not in tensors:
+            raise QklensError(f"{path}: tensor {name!r} is missing")
+        tensor = tensors[name].float()
+        if tuple(tensor.shape) != shape:
+            raise QklensError(f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+        if not torch.isfinite(tensor).all():
+            raise QklensError(f"{path}: tensor {name!r} holds NaN or infinity; copy it again")
+        return tensor.to(device)
+
+    return ModelDiff(
+        config=config,
+        encoder=take("encoder", 2, n, width),
+        encoder_bias=take("encoder_bias", n),
+        decoder=take("decoder", 2, n, width),
+        decoder_bias=take("decoder_bias", 2, width),
+        scale=take("scale", 2),
+        thresholds=take("threshold", n) if isinstance(config.activation, JumpRelu) else None,
+        sha256=sha256_files([folder / CONFIG_FILE, path]),
+    )

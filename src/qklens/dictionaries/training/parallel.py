@@ -1,0 +1,92 @@
+"""Several processes that train one dictionary: each takes a part of every batch, and gradients are summed.
+
+Under `torchrun` each process learns its number from the environment. Every process holds the same weights, optimiser
+and buffer, so that one alone writes checkpoints and any may read them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+from qklens.errors import QklensError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all.
+
+    Attributes:
+        rank: its number.
+        world: how many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes."""
+        return self.rank == 0
+
+    def part(self, rows: Tensor) -> Tensor:
+        """This process's rows of a batch.
+
+        Raises:
+            QklensError: the batch cannot be shared out evenly.
+        """
+        if len(rows) % self.world:
+            raise QklensError(f"batch is {len(rows)}, processes are {self.world}; expected a multiple of those")
+        size = len(rows) // self.world
+        return rows[self.rank * size : (self.rank + 1) * size]
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, in place."""
+        if self.world > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def either(self, flags: Tensor) -> Tensor:
+        """Whether any process says so, in place."""
+        if self.world > 1:
+            counts = flags.to(torch.uint8)
+            distributed.all_reduce(counts, op=distributed.ReduceOp.MAX)
+            flags.copy_(counts.bool())
+        return flags
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The numbers of all processes in one row; each may have another count."""
+        if self.world == 1:
+            return values
+        counts = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(self.world)]
+        distributed.all_gather(counts, torch.tensor([len(values)], device=values.device))
+        longest = max(int(count) for count in counts)
+        padded = values.new_zeros(longest)
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in counts]
+        distributed.all_gather(parts, padded)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            distributed.barrier()
+
+
+def join_ranks(device: str = "cpu") -> Ranks:
+    """This process's place under `torchrun`; one alone where there is none."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "RANK" not in os.environ:
+        return Ranks()
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def leave_ranks() -> None:
+    """End what `join_ranks` began."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,151 @@
+"""Train a dictionary from a model and a corpus: activations, training, fidelity, and the dictionary on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveInt, ValidationError
+
+from qklens.analyses.fidelity import measure_fidelity
+from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder, save_crosscoder
+from qklens.dictionaries.model_diff import DiffFidelity, ModelDiff, load_model_diff, save_model_diff
+from qklens.dictionaries.source import fraction_variance_unexplained
+from qklens.dictionaries.training.config import TrainingConfig, explained
+from qklens.dictionaries.training.corpus import Corpus, read_corpus
+from qklens.dictionaries.training.finish import as_crosscoder, as_model_diff
+from qklens.dictionaries.training.harvest import ModelRows, rows_of
+from qklens.dictionaries.training.parallel import Ranks, join_ranks, leave_ranks
+from qklens.dictionaries.training.rows import RowSource
+from qklens.dictionaries.training.shards import write_shards
+from qklens.dictionaries.training.trainer import Keeping, Report, Trained, Trainer
+from qklens.errors import QklensError
+from qklens.models.loading import load_subject
+from qklens.models.subject import Subject
+from qklens.strict import Strict
+from qklens.studies.dictionary_check import record_fidelity
+from qklens.studies.resources import model_folder
+
+Tick = Callable[[], None]
+
+
+class TrainRequest(Strict):
+    """What `qklens dict train` is asked for; `--config` holds the same keys.
+
+    Attributes:
+        model: as `--model` elsewhere.
+        base_model: the checkpoint beside it, for kind `model_diff` alone.
+        corpus: a .txt, .jsonl or .parquet file.
+        out: folder of the run and of the dictionary.
+        cache: folder of activations; without it the model runs as rows are wanted.
+        device: of model and training.
+        dtype: of the model and of cached activations; training is in float32.
+        context: most tokens of a sequence.
+        checkpoint_every: steps.
+        metrics_every: steps.
+        training: every number of the training itself.
+    """
+
+    model: str = "organism"
+    base_model: str | None = None
+    corpus: str
+    out: str
+    cache: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    context: Annotated[int, Field(ge=2)] = 256
+    checkpoint_every: PositiveInt = 500
+    metrics_every: PositiveInt = 50
+    training: TrainingConfig
+
+    @classmethod
+    def parse(cls, given: dict[str, object], where: str) -> TrainRequest:
+        """A request from keys and values.
+
+        Raises:
+            QklensError: a key that is unknown (names the nearest), missing or wrong, or a combination that cannot be.
+        """
+        try:
+            request = cls.model_validate(given)
+        except ValidationError as error:
+            raise explained(error, where, [*cls.model_fields, *TrainingConfig.model_fields]) from error
+        if (request.training.kind == "model_diff") != (request.base_model is not None):
+            raise QklensError(
+                f"{where}: kind is {request.training.kind!r}, base_model is {request.base_model!r}; kind 'model_diff' "
+                "needs a base model, and no other kind takes one"
+            )
+        return request
+
+
+def train_dictionary(
+    request: TrainRequest,
+    report: Report = lambda _, __: None,
+    caching: Callable[[int], Tick] = lambda _: lambda: None,
+) -> Crosscoder | ModelDiff:
+    """Train, measure and save; the same request on the same folder goes on where it was stopped.
+
+    Args:
+        request: what is trained, on what.
+        report: called with step and metrics now and then.
+        caching: called with the number of shards, gives what to call after each.
+
+    Raises:
+        QklensError: a request, model, corpus, cache or run folder that does not fit, NaN, or a full disk.
+    """
+    ranks = join_ranks(request.device)
+    try:
+        return _train(request, ranks, report, caching)
+    finally:
+        leave_ranks()
+
+
+def _train(
+    request: TrainRequest, ranks: Ranks, report: Report, caching: Callable[[int], Tick]
+) -> Crosscoder | ModelDiff:
+    if ranks.world > 1 and request.cache is None:
+        raise QklensError("several processes share cached activations; give --cache DIR")
+    names = [name for name in (request.base_model, request.model) if name is not None]
+    subjects = [load_subject(model_folder(name), device=request.device, dtype=request.dtype) for name in names]
+    corpus = read_corpus(Path(request.corpus), subjects[-1].tokenizer, request.context)
+    rows = ModelRows(subjects, corpus, request.training.layers)
+    source: RowSource = rows
+    if request.cache is not None:
+        source = write_shards(Path(request.cache), rows.manifest, rows.chunk, ranks, caching(rows.n_chunks))
+    identity = {"models": [subject.sha256 for subject in subjects], "corpus": corpus.sha256, "dtype": request.dtype}
+    folder = Path(request.out)
+    keeping = Keeping(folder, identity, request.checkpoint_every, request.metrics_every)
+    trainer = Trainer(source, request.training, keeping=keeping, ranks=ranks, device=request.device)
+    trained = trainer.run(report)
+    name = folder.name
+    if request.training.kind == "model_diff":
+        made = _measured_diff(trained, subjects, corpus, name)
+        if ranks.first:
+            save_model_diff(made, folder)
+        return load_model_diff(folder) if ranks.first else made
+    crosscoder = as_crosscoder(trained.learner, trained.scale, name=name, model_sha256=subjects[0].sha256 or "")
+    fidelity = measure_fidelity(subjects[0], crosscoder, corpus.held_out)
+    if not ranks.first:
+        return crosscoder
+    save_crosscoder(crosscoder, folder, dtype=torch.float32)
+    record_fidelity(crosscoder, folder, fidelity, corpus.held_out)
+    return load_crosscoder(folder)
+
+
+def _measured_diff(trained: Trained, subjects: list[Subject], corpus: Corpus, name: str) -> ModelDiff:
+    shas = [subject.sha256 or "" for subject in subjects]
+    diff = as_model_diff(trained.learner, trained.scale, name=name, base_sha256=shas[0], chat_sha256=shas[1])
+    base, chat = rows_of(subjects, corpus.held_out, (diff.config.layer,)).float().chunk(2, dim=1)
+    activations = diff.encode_both(base, chat)
+    written = diff.decode_both(activations)
+    unexplained = {
+        side: fraction_variance_unexplained(x, x - x_hat)
+        for side, x, x_hat in zip(("base", "chat"), (base, chat), written, strict=True)
+    }
+    l0 = float((activations > 0).float().sum(dim=1).mean())
+    fidelity = DiffFidelity(l0=l0, fraction_variance_unexplained=unexplained)
+    config = diff.config.model_copy(update={"fidelity": fidelity})
+    return ModelDiff(
+        config, diff.encoder, diff.encoder_bias, diff.decoder, diff.decoder_bias, diff.scale, diff.thresholds
+    )
