@@ -71,14 +71,16 @@ def make_task(folder: Path, options: argparse.Namespace) -> TrainingTask:
 def run(contestant: str, python: str, folder: Path, **variables: str) -> dict[str, Any]:
     """One contestant's meter, from a process of its own."""
     answer = folder / "answer.json"
-    subprocess.run(  # noqa: S603
+    ended = subprocess.run(  # noqa: S603
         [python, "-m", f"benchmarks.rivals.{contestant}", str(folder / "task.json"), str(answer)],
-        check=True,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables,
-        stdout=subprocess.DEVNULL,
-        stderr=None if os.environ.get("SHOW") else subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    if ended.returncode:
+        raise SystemExit(f"{ended.stderr}\nbenchmarks.rivals.{contestant} ended with {ended.returncode}")
     return json.loads(answer.read_text())
 
 
