@@ -57,12 +57,12 @@ def make_task(folder: Path, options: argparse.Namespace) -> TrainingTask:
     """Rows, their order and the first weights, on disk."""
     draw = torch.Generator().manual_seed(0)
     n = options.rows // options.batch * options.batch
-    seen = make_rows(n, options.width, draw)
+    rows = make_rows(n, options.width, draw)
     unit = normalize(torch.randn(options.features, options.width, generator=draw), dim=1)
     numbers = ShuffleBuffer(HeldRows([torch.arange(float(n))[:, None]], options.batch), options.buffer, 0)
     order = torch.cat([numbers.take(options.batch)[:, 0].long() for _ in range(options.steps)])
     tensors = folder / "tensors.safetensors"
-    save_file({"seen": seen, "encoder": unit, "rows": seen[order]}, tensors)
+    save_file({"rows": rows, "order": order, "encoder": unit}, tensors)
     return TrainingTask(
         str(tensors), options.k, options.batch, options.steps, options.learning_rate, options.buffer, seed=0
     )
