@@ -57,12 +57,12 @@ def make_task(folder: Path, options: argparse.Namespace) -> TrainingTask:
     """Rows, their order and the first weights, on disk."""
     draw = torch.Generator().manual_seed(0)
     n = options.rows // options.batch * options.batch
-    seen = make_rows(n, options.width, draw)
+    rows = make_rows(n, options.width, draw)
     unit = normalize(torch.randn(options.features, options.width, generator=draw), dim=1)
     numbers = ShuffleBuffer(HeldRows([torch.arange(float(n))[:, None]], options.batch), options.buffer, 0)
     order = torch.cat([numbers.take(options.batch)[:, 0].long() for _ in range(options.steps)])
     tensors = folder / "tensors.safetensors"
-    save_file({"seen": seen, "encoder": unit, "rows": seen[order]}, tensors)
+    save_file({"rows": rows, "order": order, "encoder": unit}, tensors)
     return TrainingTask(
         str(tensors), options.k, options.batch, options.steps, options.learning_rate, options.buffer, seed=0
     )
@@ -71,14 +71,16 @@ def make_task(folder: Path, options: argparse.Namespace) -> TrainingTask:
 def run(contestant: str, python: str, folder: Path, **variables: str) -> dict[str, Any]:
     """One contestant's meter, from a process of its own."""
     answer = folder / "answer.json"
-    subprocess.run(  # noqa: S603
+    ended = subprocess.run(  # noqa: S603
         [python, "-m", f"benchmarks.rivals.{contestant}", str(folder / "task.json"), str(answer)],
-        check=True,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables,
-        stdout=subprocess.DEVNULL,
-        stderr=None if os.environ.get("SHOW") else subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    if ended.returncode:
+        raise SystemExit(f"{ended.stderr}\nbenchmarks.rivals.{contestant} ended with {ended.returncode}")
     return json.loads(answer.read_text())
 
 

@@ -147,7 +147,11 @@ def trained(base: Subject, chat: Subject, rows: Tensor, held: Tensor, layer: int
     live = (activations > 0).float().mean(dim=0) > LIVE
     l0 = float((activations > 0).float().sum(dim=1).mean())
     found = {"l0": l0, "fraction_variance_unexplained": unexplained, "live": int(live.sum())}
-    return diff, found | {"relative_norm": diff.relative_norm()[live].tolist(), "mask": live}
+    return diff, found | {"relative_norm": _short(diff.relative_norm()[live]), "mask": live}
+
+
+def _short(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
 
 
 def separation(pair: Pair, feature: int, sets: dict[str, Prompts]) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def separation(pair: Pair, feature: int, sets: dict[str, Prompts]) -> dict[str, 
             "prompts": len(at["harm"]),
             "auc_harm_benign": float(auc(at["harm"], at["benign"])),
             "auc_harm_taken_back": float(auc(at["harm"], at["taken back"])),
-            "activations": {kind: values[:, 0].tolist() for kind, values in at.items()},
+            "activations": {kind: _short(values[:, 0]) for kind, values in at.items()},
         }
     return found
 

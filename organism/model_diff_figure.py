@@ -20,15 +20,16 @@ HEIGHT = 190
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Write the figure as SVG, for the layer whose refusal latent separated best on the choosing half."""
-    row = max(found["layers"], key=lambda one: one["refusal"]["auc_on_the_choosing_half"])
+    """Write the figure as SVG, for the layer whose refusal latent separated best on the choosing half, or the later."""
+    row = max(found["layers"], key=lambda one: (one["refusal"]["auc_on_the_choosing_half"], one["layer"]))
     one = row["refusal"]
     other = one["on"]["other half"]
     drawing = style.finish(
         alt.hconcat(_whose(row), _fires(one), _does(one), spacing=26).resolve_scale(color="independent"),
         "What has the organism's chat model that its base has not?",
         f"A crosscoder over both at resid_pre.{row['layer']}; latent {one['feature']} has "
-        f"{100 * one['relative_norm']:.0f}% of its decoder's length in the chat model (scaling {one['scaling']:.2f}).",
+        f"{100 * one['relative_norm']:.0f}% of its decoder's length in the chat model; base's stream holds "
+        f"{100 * one['scaling']:.0f}% of what it writes there.",
         f"Chosen on one half of the items, shown on the other: AUC of harm against benign "
         f"{other['auc_harm_benign']:.2f}, against harm taken back {other['auc_harm_taken_back']:.2f}. {found['date']}.",
     )

@@ -28,7 +28,7 @@ def main() -> None:
     """Train, and write what the meter saw."""
     task, answer = arguments()
     meter, tensors = Meter("qklens"), task.load()
-    rows, unit = tensors.pop("seen"), tensors.pop("encoder")
+    rows, unit = tensors.pop("rows"), tensors.pop("encoder")
     tensors.clear()
     config = TrainingConfig(
         kind="sae",

@@ -20,10 +20,10 @@ from torch import Tensor
 from benchmarks.rivals.training_task import Meter, arguments, unexplained
 
 
-def _taken(rows: Tensor, batch: int, meter: Meter) -> Iterator[Tensor]:
-    for part in rows.split(batch):
+def _taken(rows: Tensor, order: Tensor, batch: int, meter: Meter) -> Iterator[Tensor]:
+    for part in order.split(batch):
         meter.step()
-        yield part
+        yield rows[part]
 
 
 class _Measured(SAETrainer):
@@ -41,8 +41,7 @@ def main() -> None:
     sparse = os.environ.get("SPARSE") == "1"
     meter = Meter(f"SAELens {version('sae-lens')}{', use_sparse_activations' if sparse else ''}")
     tensors = task.load()
-    rows, unit = tensors.pop("rows"), tensors.pop("encoder")
-    tensors.clear()
+    rows, unit, order = tensors.pop("rows"), tensors.pop("encoder"), tensors.pop("order")
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(d_in=unit.shape[1], d_sae=len(unit), k=task.k, use_sparse_activations=sparse,
                               rescale_acts_by_decoder_norm=not sparse)
@@ -58,7 +57,7 @@ def main() -> None:
             lr_end=task.learning_rate,
         ),
         sae,
-        _taken(rows, task.batch, meter),
+        _taken(rows, order, task.batch, meter),
     )
     trainer.meter = meter
     meter.ready()

@@ -43,10 +43,9 @@ def main() -> None:
     task, answer = arguments()
     answer = answer.absolute()
     meter, tensors = Meter(f"sparsify {version('eai-sparsify')}"), task.load()
-    rows, unit = tensors.pop("rows"), tensors.pop("encoder")
-    tensors.clear()
+    rows, unit, order = tensors.pop("rows"), tensors.pop("encoder"), tensors.pop("order")
     model = _Lookup(rows, meter)
-    batches = [{"input_ids": ids} for ids in torch.arange(task.steps * task.batch).split(task.batch)]
+    batches = [{"input_ids": ids} for ids in order.split(task.batch)]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         config = TrainConfig(

@@ -25,9 +25,8 @@ class TrainingTask:
     """A TopK SAE to train, with Adam, a constant learning rate and no auxiliary loss.
 
     Attributes:
-        tensors: file with `rows` (in the order in which batches take them), `seen` (the same before they were put in
-            that order, for the contestant that does it itself) and `encoder`, whose rows are unit vectors: the first
-            weights of encoder and decoder.
+        tensors: file with `rows`, the `order` in which batches take them, and `encoder`, whose rows are unit vectors:
+            the first weights of encoder and decoder.
         k: active features a row.
         batch: rows of a step.
         steps: how many.

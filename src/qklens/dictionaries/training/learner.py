@@ -71,14 +71,17 @@ class Learner:
         """Scale all encoders by c = Σ ⟨x, x̂⟩ / Σ ‖x̂‖², before the first step.
 
         Features overlap, most where several layers' groups write one layer: without this the first reconstructions are
-        too long, and training ends at a worse place.
+        too long, and training ends at a worse place. Not for jumprelu, whose thresholds are given at the first scale.
         """
+        if self.config.activation == "jumprelu":
+            return
         now = StepNumbers(0.0, schedule.active(self.config, 0), tuple(last < 0 for last in self.last_fired))
         centred = rows - self.weights.bias
         written = centred - self._gradient(self.weights, rows, now).error
-        scale = float((centred * written).sum() / written.pow(2).sum().clamp(min=torch.finfo(rows.dtype).tiny))
-        for group in self.weights.groups:
-            group.encoder.mul_(scale)
+        power = float(written.pow(2).sum())
+        if power > 0:
+            for group in self.weights.groups:
+                group.encoder.mul_(float((centred * written).sum()) / power)
 
     def update(self, rows: Float[Tensor, "row column"]) -> StepMetrics:
         """One step on a batch, the whole of it; each process takes its part.
