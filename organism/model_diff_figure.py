@@ -27,9 +27,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     drawing = style.finish(
         alt.hconcat(_whose(row), _fires(one), _does(one), spacing=26).resolve_scale(color="independent"),
         "What has the organism's chat model that its base has not?",
-        f"A crosscoder over both at resid_pre.{row['layer']}; latent {one['feature']} has "
-        f"{100 * one['relative_norm']:.0f}% of its decoder's length in the chat model; base's stream holds "
-        f"{100 * one['scaling']:.0f}% of what it writes there.",
+        f"A crosscoder over both at resid_pre.{row['layer']}: {100 * one['relative_norm']:.0f}% of latent "
+        f"{one['feature']}'s length is chat's; base's stream holds {100 * one['scaling']:.0f}% of what it writes.",
         f"Chosen on one half of the items, shown on the other: AUC of harm against benign "
         f"{other['auc_harm_benign']:.2f}, against harm taken back {other['auc_harm_taken_back']:.2f}. {found['date']}.",
     )
