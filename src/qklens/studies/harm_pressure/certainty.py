@@ -57,5 +57,5 @@ def qualified(
 def _patch_threshold(verdict: Verdict) -> float | None:
     """The threshold that the verdict's rule held the restored share against."""
     if verdict.mechanism == "late_flip":
-        return THRESHOLDS["patch_fails"]
-    return THRESHOLDS["patch_restores"] if verdict.mechanism.startswith("attention") else None
+        return THRESHOLDS["carries_not"]
+    return THRESHOLDS["carries"] if verdict.mechanism.startswith("attention") else None

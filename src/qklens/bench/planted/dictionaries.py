@@ -1,0 +1,79 @@
+"""Dictionaries of a planted model: its directions, and the same with a fifth of them missing.
+
+At each layer the named directions are the decoder, and the rows of their pseudo-inverse the encoder, so that without
+noise every activation is the planted amount. Codes have both signs, so each of their directions stands twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qklens.bench.planted.blueprint import CODES, CONSTANT, CONSTANT_AMOUNT, NAMES, TASK_CODES
+from qklens.bench.planted.folder import Planted
+from qklens.dictionaries.crosscoder import CONFIG_FILE, Crosscoder, CrosscoderConfig, save_crosscoder
+from qklens.models.subject import Subject
+
+DictionaryKind = Literal["planted", "missing"]
+DICTIONARY_KINDS: tuple[DictionaryKind, ...] = get_args(DictionaryKind)
+MISSING_SHARE = 0.2
+_LEAST = 0.1
+FEATURES = tuple(
+    (name, sign) for name in NAMES if name != CONSTANT for sign in ((1, -1) if name in CODES + TASK_CODES else (1,))
+)
+"""Direction and sign of each feature of a layer, in order."""
+
+
+def kept_features(planted: Planted, kind: DictionaryKind) -> list[int]:
+    """Which of `FEATURES` the dictionary has; the missing fifth is drawn by the model's seed."""
+    if kind == "planted":
+        return list(range(len(FEATURES)))
+    generator = torch.Generator().manual_seed(planted.truth.spec.seed)
+    n = round((1 - MISSING_SHARE) * len(FEATURES))
+    return sorted(torch.randperm(len(FEATURES), generator=generator)[:n].tolist())
+
+
+def write_dictionary(planted: Planted, subject: Subject, kind: DictionaryKind, folder: Path) -> Path:
+    """The dictionary's directory, written unless it is there."""
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    kept = kept_features(planted, kind)
+    vectors = planted.basis.vectors
+    dual = torch.linalg.pinv(vectors).T
+    rows = [(NAMES.index(FEATURES[i][0]), FEATURES[i][1]) for i in kept]
+    decoder_rows = torch.stack([sign * vectors[at] for at, sign in rows]).float()
+    encoder_rows = torch.stack([sign * dual[at] for at, sign in rows]).float()
+    layers, n = tuple(range(subject.n_layers)), len(kept)
+    decoder: dict[int, Tensor] = {}
+    for place, layer in enumerate(layers):
+        decoder[layer] = torch.zeros(n * len(layers), subject.d_model)
+        decoder[layer][place * n : (place + 1) * n] = decoder_rows
+    bias = (CONSTANT_AMOUNT * planted.basis[CONSTANT]).float()
+    config = CrosscoderConfig(
+        format="qklens-crosscoder-1",
+        name=f"{kind} directions",
+        layers=layers,
+        features_per_layer=n,
+        d_model=subject.d_model,
+        activation="threshold",
+        threshold=_LEAST,
+        site="resid_pre",
+        model_sha256=subject.sha256 or "",
+        training={"features": [list(FEATURES[i]) for i in kept]},
+        fidelity=None,
+    )
+    save_crosscoder(
+        Crosscoder(
+            config=config,
+            encoder={layer: encoder_rows.clone() for layer in layers},
+            encoder_bias={layer: torch.zeros(n) for layer in layers},
+            decoder=decoder,
+            decoder_bias={layer: bias.clone() for layer in layers},
+        ),
+        folder,
+        torch.float32,
+    )
+    return folder
