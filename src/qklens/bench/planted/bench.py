@@ -1,0 +1,118 @@
+"""`qklens bench planted`: the study on models whose mechanism is known, and how often it is right.
+
+The whole bench crosses mechanisms, architectures and seeds; the level of noise is (architecture + seed) modulo three, so
+that each architecture and each seed meets all levels. Each model is studied with its planted directions; with a fifth of
+them missing, those of every other seed. The small bench has one model a mechanism, of a seed and an architecture that
+differ between them. Seeds 0 to 2 are those that the rules were developed on, 3 and 4 are held out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qklens.bench.planted.dictionaries import DictionaryKind
+from qklens.bench.planted.folder import Spec
+from qklens.bench.planted.mechanisms import MECHANISMS
+from qklens.bench.planted.noise import LEVELS
+from qklens.bench.planted.runs import Run, run_one
+from qklens.bench.planted.weights import ARCHITECTURES
+from qklens.errors import QklensError
+from qklens.files import write_json
+
+DEVELOPMENT, HELD_OUT = (0, 1, 2), (3, 4)
+SEEDS = DEVELOPMENT + HELD_OUT
+Task = tuple[Spec, DictionaryKind]
+
+
+def tasks(seeds: Sequence[int], *, small: bool = False) -> list[Task]:
+    """What the bench runs, in order.
+
+    Raises:
+        QklensError: no seeds, or a negative one.
+    """
+    if not seeds or min(seeds) < 0:
+        raise QklensError(f"--seeds {list(seeds)}: expected numbers from 0, as 0,1,2")
+    found: list[Task] = []
+    for place, mechanism in enumerate(MECHANISMS):
+        for number, architecture in enumerate(ARCHITECTURES):
+            for seed in seeds:
+                noise = (number + seed) % len(LEVELS)
+                spec = Spec(mechanism=mechanism, architecture=architecture, noise=noise, seed=seed)
+                if small and (number != place % len(ARCHITECTURES) or seed != seeds[place % len(seeds)]):
+                    continue
+                found.append((spec, "planted"))
+                if not small and seed % 2 == 1:
+                    found.append((spec, "missing"))
+    return found
+
+
+def run_bench(
+    seeds: Sequence[int], out: Path, *, small: bool, processes: int, tick: Callable[[int, int, Run], None]
+) -> dict[str, Any]:
+    """Run, or resume, the bench and write `results.json` into `out`; `tick` after each run.
+
+    Raises:
+        QklensError: bad seeds, or a folder that cannot be written.
+    """
+    todo = tasks(seeds, small=small)
+    runs: list[Run] = []
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for run in pool.map(_run, todo, [out] * len(todo)):
+            runs.append(run)
+            tick(len(runs), len(todo), run)
+    groups = {"development": DEVELOPMENT, "held_out": HELD_OUT}
+    results = {
+        "schema": 1,
+        "seeds": list(seeds),
+        "small": small,
+        "all": summary(runs),
+        **{name: summary(r for r in runs if r.spec.seed in some) for name, some in groups.items()},
+        "runs": [run.model_dump(mode="json") for run in runs],
+    }
+    write_json(out / "results.json", results)
+    return results
+
+
+def _run(task: Task, out: Path) -> Run:
+    return run_one(*task, out)
+
+
+def summary(runs: Iterable[Run]) -> dict[str, Any]:
+    """Accuracy of the verdict, its confusion matrix, false attention verdicts, recovery, and the confidence's Brier score."""
+    runs = list(runs)
+    confusion = Counter((run.spec.mechanism, run.expected, run.mechanism) for run in runs)
+    right = [run.mechanism == run.expected for run in runs]
+    guarded = [run for run in runs if run.spec.mechanism in ("late_flip", "belief_change", "decoy")]
+    brier = [(run.confidence - ok) ** 2 for run, ok in zip(runs, right, strict=True)]
+    return {
+        "n": len(runs),
+        "right": sum(right),
+        "confusion": [
+            {"planted": planted, "expected": expected, "verdict": verdict, "n": n}
+            for (planted, expected, verdict), n in sorted(confusion.items())
+        ],
+        "false_attention": sum(run.mechanism.startswith("attention") for run in guarded),
+        "heads": _recovery((run.planted_heads, run.found_heads) for run in runs if run.planted_heads),
+        "features": _recovery((run.planted_features, run.found_features) for run in runs),
+        "signs": {"right": sum(sum(run.signs) for run in runs), "n": sum(len(run.signs) for run in runs)},
+        "brier": sum(brier) / len(brier) if brier else None,
+    }
+
+
+def _recovery(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> dict[str, Any]:
+    planted = found = both = 0
+    for truth, got in pairs:
+        planted, found, both = planted + len(truth), found + len(got), both + len(set(truth) & set(got))
+    return {
+        "planted": planted,
+        "found": found,
+        "recall": both / planted if planted else None,
+        "precision": both / found if found else None,
+    }
