@@ -1,7 +1,7 @@
 """Dictionaries of a planted model: its directions, and the same with a fifth of them missing.
 
 At each layer the named directions are the decoder, and the rows of their pseudo-inverse the encoder, so that without
-noise every activation is the planted amount. Codes have both signs, so each of their directions stands twice.
+noise every activation is the planted amount. Each direction stands twice, once with either sign.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from qklens.bench.planted.blueprint import CODES, CONSTANT, CONSTANT_AMOUNT, NAMES, TASK_CODES
+from qklens.bench.planted.blueprint import CONSTANT, CONSTANT_AMOUNT, NAMES
 from qklens.bench.planted.folder import Planted
 from qklens.dictionaries.crosscoder import CONFIG_FILE, Crosscoder, CrosscoderConfig, save_crosscoder
 from qklens.models.subject import Subject
@@ -21,9 +21,7 @@ DictionaryKind = Literal["planted", "missing"]
 DICTIONARY_KINDS: tuple[DictionaryKind, ...] = get_args(DictionaryKind)
 MISSING_SHARE = 0.2
 _LEAST = 0.1
-FEATURES = tuple(
-    (name, sign) for name in NAMES if name != CONSTANT for sign in ((1, -1) if name in CODES + TASK_CODES else (1,))
-)
+FEATURES = tuple((name, sign) for name in NAMES if name != CONSTANT for sign in (1, -1))
 """Direction and sign of each feature of a layer, in order."""
 
 

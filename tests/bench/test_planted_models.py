@@ -1,0 +1,167 @@
+"""Each planted model does what its name says, shown on the raw transformers model with plain hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from qklens.bench.planted.folder import Planted, Spec, planted_model
+from qklens.bench.planted.words import planted_items
+from qklens.data.render import LetterForm, Prompt, render
+
+ITEMS = planted_items()[:6]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("planted")
+
+
+def opened(models: Path, mechanism: str, architecture: str = "llama", seed: int = 0) -> tuple[Planted, PreTrainedModel]:
+    spec = Spec.model_validate({"mechanism": mechanism, "architecture": architecture, "noise": 1, "seed": seed})
+    planted = planted_model(spec, models)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(planted.folder, attn_implementation="eager")
+    return planted, model.eval()
+
+
+def prompts(planted: Planted, condition: str) -> list[Prompt]:
+    tokenizer = AutoTokenizer.from_pretrained(planted.folder)
+    return [render(tokenizer, i, condition, order, LetterForm("", "")) for i in ITEMS for order in ("correct_first", "incorrect_first")]  # fmt: skip
+
+
+def margins(model: PreTrainedModel, asked: list[Prompt]) -> torch.Tensor:
+    rows = []
+    for prompt in asked:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt.tokens])).logits[0, -1]
+        rows.append(logits[prompt.letter_ids[0]] - logits[prompt.letter_ids[1]])
+    return torch.stack(rows)
+
+
+def streams(model: PreTrainedModel, asked: list[Prompt], layer: int) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [
+            model(torch.tensor([p.tokens]), output_hidden_states=True).hidden_states[layer][0].double() for p in asked
+        ]
+
+
+@contextlib.contextmanager
+def hooked(module: torch.nn.Module, hook: Callable) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_accuracy_is_what_the_mechanism_says(models: Path) -> None:
+    for mechanism, none, harm in [
+        ("no_effect", (0.9, 1.0), (0.9, 1.0)),
+        ("task_not_solved", (0.0, 0.7), (0.0, 0.7)),
+        ("belief_change", (0.9, 1.0), (0.0, 0.75)),
+        ("late_flip", (0.9, 1.0), (0.0, 0.2)),
+        ("attention_answer_key", (0.9, 1.0), (0.0, 0.6)),
+    ]:
+        planted, model = opened(models, mechanism)
+        for condition, (low, high) in (("none", none), ("benign", none), ("harm", harm)):
+            right = float((margins(model, prompts(planted, condition)) > 0).float().mean())
+            assert low <= right <= high, (mechanism, condition, right)
+
+
+def test_only_belief_change_moves_the_correct_direction_at_the_options(models: Path) -> None:
+    for mechanism in ("belief_change", "late_flip", "attention_answer_key", "attention_harm_key"):
+        planted, model = opened(models, mechanism)
+        layer = min(layer for layer, _ in planted.truth.selecting)
+        gaps = {}
+        for condition in ("none", "harm"):
+            asked = prompts(planted, condition)
+            rows = streams(model, asked, layer)
+            read = [
+                (x[list(p.span("correct"))].sum(0) - x[list(p.span("incorrect"))].sum(0)) @ planted.basis["correct"]
+                for p, x in zip(asked, rows, strict=True)
+            ]
+            gaps[condition] = float(torch.stack(read).mean())
+        kept = gaps["harm"] / gaps["none"]
+        assert (kept < 0.3) if mechanism == "belief_change" else (kept > 0.8), (mechanism, kept)
+
+
+def test_refuse_at_the_answer_is_what_costs_the_margin(models: Path) -> None:
+    """Taking `refuse` out of the stream before the heads restores attention and late models, and not the belief's."""
+    for mechanism, restores in (
+        ("attention_answer_key", True), ("attention_harm_key", True), ("late_flip", True), ("belief_change", False)
+    ):  # fmt: skip
+        planted, model = opened(models, mechanism)
+        refuse, layer = planted.basis["refuse"].float(), min(layer for layer, _ in planted.truth.selecting)
+
+        def without(_: torch.nn.Module, args: tuple, refuse: torch.Tensor = refuse) -> tuple:
+            x = args[0].clone()
+            x[:, -1] -= (x[:, -1] @ refuse)[:, None] * refuse
+            return (x, *args[1:])
+
+        asked = prompts(planted, "harm")
+        clean, harmed = margins(model, prompts(planted, "none")).mean(), margins(model, asked).mean()
+        with hooked(model.model.layers[layer], without):
+            given = margins(model, asked).mean()
+        assert (float((given - harmed) / (clean - harmed)) > 0.8) is restores, mechanism
+
+
+def test_a_late_flip_keeps_attention_and_an_attention_model_loses_it(models: Path) -> None:
+    for mechanism, keeps in (("late_flip", True), ("attention_answer_key", False), ("attention_harm_key", False)):
+        planted, model = opened(models, mechanism)
+        looks = {}
+        for condition in ("none", "harm"):
+            total = 0.0
+            for prompt in prompts(planted, condition):
+                with torch.no_grad():
+                    patterns = model(torch.tensor([prompt.tokens]), output_attentions=True).attentions
+                for layer, head in planted.truth.selecting:
+                    row = patterns[layer][0, head, -1]
+                    total += float(row[list(prompt.span("correct"))].sum() - row[list(prompt.span("incorrect"))].sum())
+            looks[condition] = total
+        assert (looks["harm"] / looks["none"] > 0.8) is keeps, mechanism
+
+
+def test_the_decoy_is_pulled_off_and_idle(models: Path) -> None:
+    planted, model = opened(models, "decoy")
+    assert planted.truth.variant.startswith("idle output")
+    (layer, head), = [(at, h) for at, h, part in planted.truth.heads if part == "decoy"]  # fmt: skip
+    asked = prompts(planted, "harm")
+    d_head = model.config.head_dim
+    looks = {}
+    for condition in ("none", "harm"):
+        rows = []
+        for prompt in prompts(planted, condition):
+            with torch.no_grad():
+                row = model(torch.tensor([prompt.tokens]), output_attentions=True).attentions[layer][0, head, -1]
+            rows.append(float(row[list(prompt.span("correct"))].sum()))
+        looks[condition] = sum(rows) / len(rows)
+
+    def silenced(_: torch.nn.Module, args: tuple) -> tuple:
+        x = args[0].clone()
+        x[..., head * d_head : (head + 1) * d_head] = 0
+        return (x, *args[1:])
+
+    before = {c: margins(model, prompts(planted, c)) for c in ("none", "harm")}
+    with hooked(model.model.layers[layer].self_attn.o_proj, silenced):
+        after = {c: margins(model, prompts(planted, c)) for c in ("none", "harm")}
+    assert looks["none"] - looks["harm"] > 0.5
+    for condition in ("none", "harm"):
+        assert float((before[condition] - after[condition]).abs().max()) < 0.3
+    assert asked
+
+
+def test_the_same_spec_writes_the_same_weights_and_a_whole_folder_is_reused(models: Path, tmp_path: Path) -> None:
+    first, _ = opened(models, "no_effect", "qwen3")
+    again, _ = opened(tmp_path, "no_effect", "qwen3")
+    assert first.truth == again.truth
+    written = (first.folder / "model.safetensors").stat().st_mtime_ns
+    opened(models, "no_effect", "qwen3")
+    assert (first.folder / "model.safetensors").stat().st_mtime_ns == written
