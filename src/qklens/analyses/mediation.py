@@ -187,9 +187,7 @@ def late_restored(
     """
     middle = []
     for work, stream, reading in zip((runs.clean, runs.harm), streams, readings, strict=True):
-        before = torch.stack(
-            [s[last_layer][p.spans["answer"][0]] for p, s in zip(work.prompts, stream, strict=True)]
-        )
+        before = torch.stack([s[last_layer][p.spans["answer"][0]] for p, s in zip(work.prompts, stream, strict=True)])
         middle.append(before.cpu() + attention_output(subject, last_layer, reading.outputs[:, last_layer]).cpu())
     clean, harmed = readings
     mixed = middle[1] + clean.final - middle[0]

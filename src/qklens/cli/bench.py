@@ -64,7 +64,9 @@ def _lines(results: dict[str, Any]) -> list[str]:
         lines.append(f"  attention verdicts on late_flip, belief_change or decoy: {part['false_attention']}")
         for what in ("heads", "features"):
             row = part[what]
-            shares = [f"{key} {'-' if row[key] is None else format(row[key], '.3f')}" for key in ("recall", "precision")]
+            shares = [
+                f"{key} {'-' if row[key] is None else format(row[key], '.3f')}" for key in ("recall", "precision")
+            ]
             lines.append(f"  {what}: {', '.join(shares)} ({row['planted']} planted)")
         lines.append(f"  signs: {part['signs']['right']} of {part['signs']['n']}; Brier score {part['brier']:.3f}")
     return lines

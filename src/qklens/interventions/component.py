@@ -1,6 +1,6 @@
 """Give tokens the amount of one direction that they had in another run, and leave all else of them alone.
 
-    x' = x + (t − ⟨x, w⟩ / ⟨w, w⟩) w
+x' = x + (t − ⟨x, w⟩ / ⟨w, w⟩) w
 """
 
 from __future__ import annotations

@@ -56,7 +56,9 @@ def draw_basis(rho: float, generator: torch.Generator) -> Basis:
     frame = torch.linalg.qr(torch.cat([ones, drawn], dim=1)).Q.T[1:]
     named, words = frame[: len(NAMES)].clone(), frame[len(NAMES) :]
     constant = NAMES.index(CONSTANT)
-    noise = torch.randn(len(NAMES), D_MODEL - 1, generator=generator, dtype=torch.float64) / (D_MODEL - 1) ** 0.5 @ frame
+    noise = (
+        torch.randn(len(NAMES), D_MODEL - 1, generator=generator, dtype=torch.float64) / (D_MODEL - 1) ** 0.5 @ frame
+    )
     noise = noise - (noise @ named[constant])[:, None] * named[constant]
     noise[constant] = 0.0
     return Basis(torch.nn.functional.normalize(named + rho * noise, dim=-1), words)

@@ -142,7 +142,9 @@ def _write(spec: Spec, folder: Path) -> Planted:
             ],
             weights_sha256=hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest(),
         )
-        atomic_write(temporary / BASIS_FILE, save({"vectors": basis.vectors.contiguous(), "words": basis.words.contiguous()}))
+        atomic_write(
+            temporary / BASIS_FILE, save({"vectors": basis.vectors.contiguous(), "words": basis.words.contiguous()})
+        )
         write_json(temporary / TRUTH_FILE, truth.model_dump(mode="json"))
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)

@@ -1,7 +1,7 @@
 """MLPs that multiply: size · gate · (plus − minus), with the two activations of the families.
 
-    SwiGLU   silu(g x) · u x                 one neuron; the gate's weight is large enough that silu is nearly relu
-    GELU     ½ gelu(d + M (gate − ½)) − ½ gelu(−d + M (gate − ½)) = d well above gate ½, 0 well below, d = plus − minus
+SwiGLU   silu(g x) · u x                 one neuron; the gate's weight is large enough that silu is nearly relu
+GELU     ½ gelu(d + M (gate − ½)) − ½ gelu(−d + M (gate − ½)) = d well above gate ½, 0 well below, d = plus − minus
 """
 
 from __future__ import annotations

@@ -105,5 +105,3 @@ def compare(planted: Planted, kind: DictionaryKind, results: Results) -> Run:
         found_features=sorted(right) if solved else [],
         signs=signs if solved else [],
     )
-
-

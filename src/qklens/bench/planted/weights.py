@@ -98,7 +98,9 @@ def _empty(plan: Blueprint, architecture: Architecture) -> PreTrainedModel:
     }  # fmt: skip
     if architecture == "gpt2":
         model: PreTrainedModel = GPT2LMHeadModel(
-            GPT2Config(n_embd=D_MODEL, n_layer=plan.n_layers, n_head=N_HEADS, n_inner=D_MLP, n_positions=CONTEXT, **common)
+            GPT2Config(
+                n_embd=D_MODEL, n_layer=plan.n_layers, n_head=N_HEADS, n_inner=D_MLP, n_positions=CONTEXT, **common
+            )
         )
     else:
         common |= {
@@ -182,8 +184,9 @@ def _write_heads(
             v[shared, at] = (basis.sum(read) / READ).float()
             o[h, :, at] = basis.sum(written).float()
     for h in idle:
-        shared, (one, two, three, four) = h // group, torch.nn.functional.normalize(
-            torch.randn(4, D_MODEL, generator=generator), dim=-1
+        shared, (one, two, three, four) = (
+            h // group,
+            torch.nn.functional.normalize(torch.randn(4, D_MODEL, generator=generator), dim=-1),
         )
         q[h, order[used[shared]]], k[shared, order[used[shared]]] = noise.heads * scale * one, two
         v[shared, carried[shared]], o[h, :, carried[shared]] = three, 0.1 * noise.heads * four
@@ -212,7 +215,13 @@ def _steady(model: Any, basis: Basis) -> None:  # noqa: ANN401
 
 
 def _store(
-    model: Any, architecture: Architecture, layer: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor  # noqa: ANN401
+    model: Any,
+    architecture: Architecture,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,  # noqa: ANN401
 ) -> None:
     if architecture == "gpt2":
         attention = model.transformer.h[layer].attn

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from qklens.analyses.factorial import Term, removal, shapley_values, term_rows

@@ -104,7 +104,10 @@ def _verdict(run: _Run) -> StageOutput:
         causes=causes.measure_causes(lab, selected) if solved and selected else None,
     )
     found = certainty.qualified(verdict.decide(measured), measured.behaviour, head_details, len(lab.halves["report"]))
-    return StageOutput(results={"verdict": found.model_dump()}, state={"causes": measured.causes.model_dump(mode="json") if measured.causes else None})
+    return StageOutput(
+        results={"verdict": found.model_dump()},
+        state={"causes": measured.causes.model_dump(mode="json") if measured.causes else None},
+    )
 
 
 def _origin(run: _Run) -> StageOutput:
@@ -180,9 +183,7 @@ def run_study(
     return results, journal.manifest
 
 
-def _run_stage(
-    stage: Stage, run: _Run, journal: Journal, progress: StageProgress, left_out: bool
-) -> StageOutput:
+def _run_stage(stage: Stage, run: _Run, journal: Journal, progress: StageProgress, left_out: bool) -> StageOutput:
     progress.begin(stage.name)
     started = time.perf_counter()
     if left_out:
