@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qklens.bench.planted.folder import Planted, Spec, planted_model
 from qklens.bench.planted.words import planted_items
-from qklens.data.render import LetterForm, Prompt, render
+from qklens.data.render import ORDERS, LetterForm, Prompt, render
 
 ITEMS = planted_items()[:6]
 
@@ -34,7 +34,7 @@ def opened(models: Path, mechanism: str, architecture: str = "llama", seed: int 
 
 def prompts(planted: Planted, condition: str) -> list[Prompt]:
     tokenizer = AutoTokenizer.from_pretrained(planted.folder)
-    return [render(tokenizer, i, condition, order, LetterForm("", "")) for i in ITEMS for order in ("correct_first", "incorrect_first")]  # fmt: skip
+    return [render(tokenizer, i, condition, order, LetterForm("", "")) for i in ITEMS for order in ORDERS]
 
 
 def margins(model: PreTrainedModel, asked: list[Prompt]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Through what does harm cost the answer: some heads' patterns, their outputs, the options' belief, or later layers?
 
-For a part of the model (the patterns of some heads, say), let m(s, p) be the mean margin with the part as it is in run p
-and everything else as in run s, for p, s among the clean and the harmed run. The part's share of what was lost is
+For a part of the model (the patterns of some heads, say), let m(s, p) be the mean margin with the part as it is in run
+p and everything else as in run s, for p, s among the clean and the harmed run. The part's share of what was lost is
 
     restored  = [m(harm, clean) − m(harm, harm)] / lost        the part alone is given back
     caused    = [m(clean, clean) − m(clean, harm)] / lost      the part alone is taken away
@@ -175,8 +175,8 @@ def late_restored(
 ) -> float:
     """The share of the lost margin that comes back when all that is written after the heads is the clean run's.
 
-    x = x_mid(harm) + x_final(clean) − x_mid(clean) at the answer, with x_mid behind the attention of the last layer that
-    holds one of the heads, then the final norm and the letters.
+    x = x_mid(harm) + x_final(clean) − x_mid(clean) at the answer, with x_mid behind the attention of the last layer
+    that holds one of the heads, then the final norm and the letters.
 
     Args:
         subject: the model.

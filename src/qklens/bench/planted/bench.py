@@ -1,9 +1,9 @@
 """`qklens bench planted`: the study on models whose mechanism is known, and how often it is right.
 
-The whole bench crosses mechanisms, architectures and seeds; the level of noise is (architecture + seed) modulo three, so
-that each architecture and each seed meets all levels. Each model is studied with its planted directions; with a fifth of
-them missing, those of every other seed. The small bench has one model a mechanism, of a seed and an architecture that
-differ between them. Seeds 0 to 2 are those that the rules were developed on, 3 and 4 are held out.
+The whole bench crosses mechanisms, architectures and seeds; the level of noise is (architecture + seed) modulo three,
+so that each architecture and each seed meets all levels. Each model is studied with its planted directions, and those
+of every other seed also with a fifth of them missing. The small bench has one model a mechanism, of a seed and an
+architecture that differ between them. Seeds 0 to 2 are those that the rules were developed on, 3 and 4 are held out.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _run(task: Task, out: Path) -> Run:
 
 
 def summary(runs: Iterable[Run]) -> dict[str, Any]:
-    """Accuracy of the verdict, its confusion matrix, false attention verdicts, recovery, and the confidence's Brier score."""
+    """Verdicts and their confusion matrix, false attention verdicts, recovery, and the confidence's Brier score."""
     runs = list(runs)
     confusion = Counter((run.spec.mechanism, run.expected, run.mechanism) for run in runs)
     right = [run.mechanism == run.expected for run in runs]

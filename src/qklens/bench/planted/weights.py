@@ -93,7 +93,8 @@ def _empty(plan: Blueprint, architecture: Architecture) -> PreTrainedModel:
     """A model of zeros, whose norms do nothing but normalise."""
     ids = vocabulary()
     common: dict[str, Any] = {
-        "vocab_size": len(ids), "bos_token_id": ids["<bos>"], "eos_token_id": ids["<eos>"], "pad_token_id": ids["<pad>"],
+        "vocab_size": len(ids), "bos_token_id": ids["<bos>"], "eos_token_id": ids["<eos>"],
+        "pad_token_id": ids["<pad>"],
         "tie_word_embeddings": False,
     }  # fmt: skip
     if architecture == "gpt2":
@@ -215,13 +216,13 @@ def _steady(model: Any, basis: Basis) -> None:  # noqa: ANN401
 
 
 def _store(
-    model: Any,
+    model: Any,  # noqa: ANN401
     architecture: Architecture,
     layer: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,  # noqa: ANN401
+    o: Tensor,
 ) -> None:
     if architecture == "gpt2":
         attention = model.transformer.h[layer].attn

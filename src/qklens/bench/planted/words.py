@@ -79,7 +79,7 @@ def vocabulary() -> dict[str, int]:
 
 def planted_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, sign or line break, with a chat template."""
-    inner = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
+    inner = Tokenizer(models.WordLevel(vocabulary(), unk_token=SPECIALS[3]))
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"),
@@ -87,7 +87,8 @@ def planted_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>",
+        tokenizer_object=inner, bos_token=SPECIALS[1], eos_token=SPECIALS[2], unk_token=SPECIALS[3],
+        pad_token=SPECIALS[0],
         additional_special_tokens=list(SPECIALS[4:]),
     )  # fmt: skip
     tokenizer.chat_template = _TEMPLATE

@@ -1,7 +1,8 @@
 """Stage `verdict`: which mechanism the evidence supports.
 
-Rules are causal first, and every threshold stands in one table. A mechanism is named when it carries at least two thirds
-of the margin that harm costs, that is twice as much as all the rest; shares are those of `analyses/mediation.py`.
+Rules are causal first, and every threshold stands in one table. A mechanism is named when it carries at least two
+thirds of the margin that harm costs, twice as much as all the rest;
+shares are those of `analyses/mediation.py`.
 
     task_not_solved       no answer without pressure
     no_effect             harm costs little compared with a benign sentence
