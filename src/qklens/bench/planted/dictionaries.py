@@ -1,7 +1,8 @@
 """Dictionaries of a planted model: its directions, and the same with a fifth of them missing.
 
 At each layer the named directions are the decoder, and the rows of their pseudo-inverse the encoder, so that without
-noise every activation is the planted amount. Each direction stands twice, once with either sign.
+noise every activation is the planted amount. The bias is `constant`, and the mean of what no named direction writes.
+Each direction stands twice, once with either sign.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from qklens.bench.planted.blueprint import CONSTANT, CONSTANT_AMOUNT, NAMES
 from qklens.bench.planted.folder import Planted
+from qklens.bench.planted.words import planted_items
+from qklens.data.render import CONDITIONS, LetterForm, render
 from qklens.dictionaries.crosscoder import CONFIG_FILE, Crosscoder, CrosscoderConfig, save_crosscoder
 from qklens.models.subject import Subject
 
@@ -49,7 +52,7 @@ def write_dictionary(planted: Planted, subject: Subject, kind: DictionaryKind, f
     for place, layer in enumerate(layers):
         decoder[layer] = torch.zeros(n * len(layers), subject.d_model)
         decoder[layer][place * n : (place + 1) * n] = decoder_rows
-    bias = (CONSTANT_AMOUNT * planted.basis[CONSTANT]).float()
+    biases = _biases(planted, subject, dual)
     config = CrosscoderConfig(
         format="qklens-crosscoder-1",
         name=f"{kind} directions",
@@ -69,9 +72,24 @@ def write_dictionary(planted: Planted, subject: Subject, kind: DictionaryKind, f
             encoder={layer: encoder_rows.clone() for layer in layers},
             encoder_bias={layer: torch.zeros(n) for layer in layers},
             decoder=decoder,
-            decoder_bias={layer: bias.clone() for layer in layers},
+            decoder_bias=biases,
         ),
         folder,
         torch.float32,
     )
     return folder
+
+
+def _biases(planted: Planted, subject: Subject, dual: Tensor) -> dict[int, Tensor]:
+    """Per layer, `constant` and the mean over tokens of the stream outside the named directions' span."""
+    constant, rows = CONSTANT_AMOUNT * planted.basis[CONSTANT], list[tuple[Tensor, ...]]()
+    for item in planted_items()[::4]:
+        for condition in CONDITIONS:
+            prompt = render(subject.tokenizer, item, condition, "correct_first", LetterForm("", ""))
+            batch = subject.batch([prompt.tokens])
+            rows.append(subject.model(batch.input_ids, output_hidden_states=True).hidden_states)
+    found = {}
+    for layer in range(subject.n_layers):
+        left = torch.cat([states[layer][0] for states in rows]).double().mean(dim=0) - constant
+        found[layer] = (constant + left - left @ dual.T @ planted.basis.vectors).float()
+    return found
