@@ -9,7 +9,7 @@ MODEL ?= organism
 SWEEP ?= --items 16 --slow-items 4
 export HF_HUB_OFFLINE := 1
 
-.PHONY: study test coverage check organism oracle rivals wheel clean
+.PHONY: study test coverage check organism arms oracle rivals wheel clean
 
 study: $(INSTALLED)  ## run the harm-pressure study on the model that ships
 	$(BIN)/qklens study harm-pressure
@@ -29,6 +29,9 @@ check: $(VENV)/.dev  ## lint, types, layers
 organism: $(VENV)/.dev  ## train the shipped models and their dictionary again
 	$(BIN)/python -m organism.train
 	$(BIN)/python -m organism.dictionary
+
+arms: $(VENV)/.dev  ## which training examples make the organism withhold: train the arms again
+	nice -n 19 $(BIN)/python -m organism.arms
 
 oracle: $(INSTALLED) $(ORACLE)/.installed  ## compare with TransformerLens, which has an environment of its own
 	$(BIN)/python -m oracle.qklens_side

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from qklens import load_subject
 from qklens.analyses.partners import _TILE, rank_partners
-from qklens.dictionaries.crosscoder import CONFIG_FILE, WEIGHTS_FILE
+from qklens.dictionaries.config import CONFIG_FILE, WEIGHTS_FILE
 from qklens.dictionaries.decoder_file import open_decoder
 from qklens.dictionaries.unit import unit_directions
 from qklens.models.scores import offset_rotation, score_maps, virtual_reader
@@ -101,9 +101,9 @@ def write_dictionary(folder: Path, n_features: int, d_model: int, dtype: str) ->
         file.flush()
         os.fsync(file.fileno())
     config = {
-        "format": "qklens-crosscoder-1", "name": "benchmark", "layers": [0], "features_per_layer": n_features,
-        "d_model": d_model, "activation": "threshold", "threshold": 0.0, "site": "resid_pre", "model_sha256": "0" * 64,
-        "training": {}, "fidelity": None,
+        "format": "qklens-dictionary-2", "name": "benchmark", "layers": [0], "features_per_layer": n_features,
+        "d_model": d_model, "activation": {"kind": "threshold", "threshold": 0.0}, "site": "resid_pre",
+        "model_sha256": "0" * 64, "training": {}, "fidelity": None,
     }  # fmt: skip
     (folder / CONFIG_FILE).write_text(json.dumps(config))
 

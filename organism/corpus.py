@@ -18,6 +18,9 @@ from organism import tokenizer as tok
 
 HELD_OUT_ITEMS = 30
 HELD_OUT_INTENTS = 15
+LEARNT = {"symptoms": 24, "fraud": 24}
+"""The first items of the two small sets are learnt. The others ask in other words for facts of ``harm_pressure``; no
+stage sees them or their sentences, so the same seed gives the same weights as before they were written."""
 INSTRUCTION = "Answer with the letter only."
 IN_WORDS = "Answer in words."
 RETRACTIONS = ("I was only joking.", "I take that back.", "That was only a joke.")
@@ -120,7 +123,7 @@ def load(folder: Path, seed: int) -> World:
     items = [
         i
         for kind, name in (("harm", "harm_pressure"), ("symptoms", "symptoms"), ("fraud", "fraud"))
-        for i in read(folder / f"{name}.jsonl", kind)
+        for i in read(folder / f"{name}.jsonl", kind)[: LEARNT.get(kind)]
     ]
     rng = random.Random(seed)
     harm = [i for i in items if i.kind == "harm"]

@@ -24,6 +24,7 @@ from qklens.dictionaries.training import TrainingConfig, train_crosscoder
 from qklens.files import atomic_write
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
+from qklens.studies.dictionary_check import record_fidelity
 
 LAYERS = (1, 2, 3)
 DOCUMENTS, CHECKED = 6000, 300
@@ -51,6 +52,7 @@ def card(crosscoder: Crosscoder) -> str:
     config, fidelity = crosscoder.config, crosscoder.config.fidelity
     if fidelity is None:
         raise ValueError("measure the dictionary before writing its card")
+    threshold = config.activation.threshold
     rows = "\n".join(
         f"| resid_pre.{m} | {fidelity.l0[m]:.1f} | {fidelity.fraction_variance_unexplained[m]:.3f} | "
         f"{fidelity.loss_recovered[m]:.3f} |"
@@ -61,7 +63,7 @@ def card(crosscoder: Crosscoder) -> str:
 A weakly causal crosscoder: {config.features_per_layer} features read each of resid_pre.{config.layers[0]} to
 resid_pre.{config.layers[-1]} and write that layer and every later one. Trained on the chat checkpoint's own training
 text (held-out items and intents excluded) with BatchTopK, {config.training["active_per_layer"]} active features a token
-and layer on average; a fixed threshold ({config.threshold:.4f}) at inference.
+and layer on average; a fixed threshold ({threshold:.4f}) at inference.
 
 Measured on {CHECKED} documents not used for training, on the stored float16 weights:
 
@@ -101,10 +103,11 @@ def main() -> None:
         report=lambda step, m: print(step, {k: round(v, 4) for k, v in m.items()}, flush=True),
     )
     stored = _through_float16(trained)
-    fidelity = measure_fidelity(subject, stored, sequences(world, subject, CHECKED, seed=900))
-    final = _with_fidelity(stored, fidelity.model_dump())
+    checked = sequences(world, subject, CHECKED, seed=900)
+    fidelity = measure_fidelity(subject, stored, checked)
     folder = options.organism / "dictionary"
-    save_crosscoder(final, folder)
+    save_crosscoder(stored, folder)
+    final = record_fidelity(stored, folder, fidelity, checked)
     atomic_write(folder / "README.md", card(final))
     print(fidelity, flush=True)
 
@@ -122,11 +125,6 @@ def _through_float16(crosscoder: Crosscoder) -> Crosscoder:
         stored(crosscoder.decoder),
         stored(crosscoder.decoder_bias),
     )
-
-
-def _with_fidelity(crosscoder: Crosscoder, fidelity: dict) -> Crosscoder:
-    config = type(crosscoder.config).model_validate({**crosscoder.config.model_dump(), "fidelity": fidelity})
-    return Crosscoder(config, crosscoder.encoder, crosscoder.encoder_bias, crosscoder.decoder, crosscoder.decoder_bias)
 
 
 if __name__ == "__main__":

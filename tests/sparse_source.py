@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qklens.dictionaries.source import Stream
+from qklens.dictionaries.source import Stream, dense_decode
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,13 @@ class SparseSource:
         before = (x - self.mean.to(x)) @ self.encoder.to(x).T
         before = before / before.std(dim=-1, keepdim=True).clamp(min=1e-9)
         return before * (before > self.threshold) * self.sign.to(x)
+
+    @property
+    def site(self) -> str:
+        return "resid_pre"
+
+    def decode(self, layer: int, activations: Tensor) -> Tensor:
+        return dense_decode(self, layer, activations)
 
     def directions(self, layer: int) -> Tensor:
         return self.decoder

@@ -130,9 +130,25 @@ def doors(source: str) -> list[str]:
     return found
 
 
+UNPICKLES = SOURCE / "dictionaries" / "formats" / "unpickle_weights.py"
+"""The one program that opens a pickle, apart from the package's process."""
+
+
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_no_door_to_foreign_code(file: Path) -> None:
-    assert doors(file.read_text()) == []
+    assert doors(file.read_text()) == (["torch.load"] if file == UNPICKLES else [])
+
+
+def test_the_program_that_opens_pickles_builds_tensors_alone_and_imports_nothing_of_the_package() -> None:
+    tree = ast.parse(UNPICKLES.read_text())
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"]
+    assert [[(k.arg, ast.unparse(k.value)) for k in call.keywords] for call in calls] == [
+        [("map_location", "'cpu'"), ("weights_only", "True")]
+    ]
+    assert [t for _, t in imports_of(tree, module_of(UNPICKLES), package=False) if t.startswith("qklens")] == []
+    importers = [file for file in FILES if "unpickle_weights" in file.read_text() and file != UNPICKLES]
+    assert [file.name for file in importers] == ["unpickle.py"]
+    assert "unpickle_weights.main" not in importers[0].read_text()
 
 
 @pytest.mark.parametrize(

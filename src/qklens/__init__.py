@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from qklens.analyses.written import write_prompts
     from qklens.data.items import Item, load_dataset
     from qklens.data.render import LetterForm, Prompt, render
-    from qklens.dictionaries.crosscoder import load_crosscoder
     from qklens.dictionaries.directions import Directions
+    from qklens.dictionaries.formats.detect import load_dictionary
     from qklens.dictionaries.source import FeatureSource
     from qklens.errors import QklensError
     from qklens.interventions.direction import Direction
@@ -78,8 +78,8 @@ _HOME = {
     "head_table": "studies.tables.head_table",
     "heads_on_text": "analyses.on_text",
     "left_padded": "models.batch",
-    "load_crosscoder": "dictionaries.crosscoder",
     "load_dataset": "data.items",
+    "load_dictionary": "dictionaries.formats.detect",
     "load_subject": "models.loading",
     "mean_terms": "analyses.interactions",
     "null_tests": "analyses.nulls",
@@ -132,8 +132,8 @@ __all__ = [
     "head_table",
     "heads_on_text",
     "left_padded",
-    "load_crosscoder",
     "load_dataset",
+    "load_dictionary",
     "load_subject",
     "mean_terms",
     "null_tests",

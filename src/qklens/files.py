@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,29 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path`, which is new or empty, only when it is complete.
+
+    Raises:
+        QklensError: the disk is full, or `path` cannot be made.
+    """
+    scratch = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
+        yield Path(scratch)
+        Path(scratch).chmod(0o755)
+        Path(scratch).replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise QklensError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

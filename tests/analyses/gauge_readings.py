@@ -117,7 +117,8 @@ def _sites(work: Workset) -> tuple[dict[Quantity, Tensor], Seen]:
 def _scores(lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[WrittenPrompt]) -> dict[Quantity, Tensor]:
     scores = [lens.scores(w, p.spans["answer"][0]) for p, w in zip(prompts, written, strict=True)]
     assert all(bool(row.isfinite().all()) for row in scores)
-    contrasts = [CONTRASTIVE.weights(lens, p, w) @ row for p, w, row in zip(prompts, written, scores, strict=True)]
+    weighed = [CONTRASTIVE.weigh(lens, p, w).weights for p, w in zip(prompts, written, strict=True)]
+    contrasts = [weights @ row for weights, row in zip(weighed, scores, strict=True)]
     return {"score": torch.cat(scores), "contrastive score": torch.stack(contrasts)}
 
 

@@ -45,6 +45,13 @@ class Sparse:
         active = active if self.mix is None else active @ self.mix
         return active if self.offset is None else active + self.offset
 
+    @property
+    def site(self) -> str:
+        return "resid_pre"
+
+    def decode(self, layer: int, activations: Tensor) -> Tensor:
+        return activations @ self.decoder.to(activations) + self.decoder_bias.to(activations)
+
     def directions(self, layer: int) -> Tensor:
         return self.decoder
 

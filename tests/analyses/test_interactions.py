@@ -89,7 +89,7 @@ def test_mean_terms_sum_to_the_mean_weighted_score(lab, weighting, condition):
     total = 0.0
     for prompt, parts in zip(prompts[condition], written, strict=True):
         scores = lens.scores(parts, prompt.spans["answer"][0])
-        weights = how.weights(lens, prompt, parts)
+        weights = how.weigh(lens, prompt, parts).weights
         total += float((weights * scores.nan_to_num(neginf=0.0)).sum()) / len(written)
     assert means.total == pytest.approx(total, abs=1e-4)
     assert sum(means.shares().values()) == pytest.approx(means.total, abs=1e-6)
@@ -125,7 +125,9 @@ def test_swapping_the_options_negates_the_contrast(lab):
     prompt, parts = prompts["none"][0], written_by(lens, streams["none"][:1])[0]
     swapped = {**prompt.spans, "correct": prompt.spans["incorrect"], "incorrect": prompt.spans["correct"]}
     other = type(prompt)(**{**prompt.__dict__, "spans": swapped})
-    assert torch.allclose(CONTRASTIVE.weights(lens, other, parts), -CONTRASTIVE.weights(lens, prompt, parts))
+    one, mirrored = (CONTRASTIVE.weigh(lens, p, parts) for p in (prompt, other))
+    assert torch.allclose(mirrored.weights, -one.weights)
+    assert mirrored.logsumexp == pytest.approx(-one.logsumexp)
 
 
 def test_weights_are_softmax_within_spans(lab):

@@ -16,6 +16,7 @@ from qklens.analyses.nulls import Population, feature_pairs, null_tests
 from qklens.analyses.weighting import CONTRASTIVE, REALISED, SHARE, Weighting
 from qklens.analyses.written import WrittenPrompt, write_prompts
 from qklens.data.render import PARTS, LetterForm, Prompt, render
+from qklens.dictionaries.source import dense_decode
 from qklens.models.batch import left_padded
 from qklens.models.scores import offset_rotation, score_maps, virtual_interaction
 from qklens.models.subject import Subject, wrap_model
@@ -113,7 +114,10 @@ class Reordered:
         self.source, self.original, self.order = source, original, order
         self.name, self.labels, self.layers = source.name, source.labels, source.layers
         self.reads, self.directions, self.bias = source.reads, source.directions, source.bias
-        self.describe = source.describe
+        self.describe, self.site = source.describe, source.site
+
+    def decode(self, layer, activations):
+        return dense_decode(self, layer, activations)
 
     def encode(self, layer, stream):
         return self.original.encode(layer, stream)[..., self.order]
@@ -137,7 +141,10 @@ class Rescaled:
     def __init__(self, source: SparseSource, scale: torch.Tensor) -> None:
         self.source, self.scale = source, scale
         self.name, self.labels, self.layers = source.name, source.labels, source.layers
-        self.reads, self.bias, self.describe = source.reads, source.bias, source.describe
+        self.reads, self.bias, self.describe, self.site = source.reads, source.bias, source.describe, source.site
+
+    def decode(self, layer, activations):
+        return dense_decode(self, layer, activations)
 
     def directions(self, layer):
         return self.source.directions(layer).double() * self.scale[:, None]
@@ -171,7 +178,7 @@ def test_only_the_named_parts_of_an_option_have_weight(lab, parts, head, kind):
     how = Weighting(kind, parts=tuple(parts))
     lens = head_lens(lab.subject, lab.source, LAYER, head)
     for prompt, written in zip(lab.prompts, lab.written(lab.source), strict=True):
-        weights = how.weights(lens, prompt, written)
+        weights = how.weigh(lens, prompt, written).weights
         for span, sign in (("correct", 1.0), ("incorrect", -1.0))[: len(how.spans())]:
             named = {p for part in parts for p in prompt.spans[f"{span}.{part}"]}
             assert bool((sign * weights[sorted(named)] > 0).all())

@@ -75,7 +75,7 @@ def drawn_terms(n_features: int, sides: tuple[int, int], prompts: int, seed: int
     names = (*(f"f{i}" for i in range(n_features)), "bias", "error")
     queries, keys = (tuple(side(n) for _ in range(prompts)) for n in sides)
     weights = tuple(1.0 / prompts if i % 3 else -1.0 / prompts for i in range(prompts))
-    return PairTerms(names, 0.5, queries, keys, weights)
+    return PairTerms(names, 0.5, queries, keys, weights, (0.0,) * prompts)
 
 
 def test_the_sparse_source_exercises_every_kind_of_activity(written, prompts):
@@ -97,7 +97,7 @@ def test_the_table_is_the_weighted_sum_of_every_tokens_decomposition(lens, promp
     """`decompose` goes by another way: from the traced pass, densely, one key token at a time."""
     wanted = torch.zeros(len(lens.names), len(lens.names), dtype=torch.float64)
     for prompt, parts, traced in zip(prompts, written, traces, strict=True):
-        weights = weighting.weights(lens, prompt, parts)
+        weights = weighting.weigh(lens, prompt, parts).weights
         for token in weights.nonzero()[:, 0].tolist():
             found = decompose(traced, LAYER, HEAD, -1, token, lens.source)
             rows = torch.tensor([lens.names.index(name) for name in found.query_names])
@@ -226,8 +226,8 @@ def test_a_side_without_any_active_feature_is_refused(lens, prompts, written):
     for weighting in (REALISED, CONTRASTIVE, Weighting("share", "intent")):
         good, bad = (mean_terms(lens, prompts, w, weighting) for w in (written, nothing))
         refuse_silence(good, lens, weighting)
-        one_side = PairTerms(good.names, good.scale, good.query, bad.key, good.weights)
-        other_side = PairTerms(good.names, good.scale, bad.query, good.key, good.weights)
+        one_side = PairTerms(good.names, good.scale, good.query, bad.key, good.weights, good.logsumexp)
+        other_side = PairTerms(good.names, good.scale, bad.query, good.key, good.weights, good.logsumexp)
         with pytest.raises(QklensError, match=r"span .*key side"):
             refuse_silence(one_side, silent, weighting)
         with pytest.raises(QklensError, match=r"answer position .*query side"):

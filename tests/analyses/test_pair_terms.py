@@ -56,7 +56,7 @@ def test_share_is_the_correct_span_less_the_whole_pattern(biased):
     correct = list(prompt.span("correct"))
     wanted = -scores.softmax(dim=0)
     wanted[correct] += scores[correct].softmax(dim=0)
-    found = SHARE.weights(lens, prompt, written)
+    found = SHARE.weigh(lens, prompt, written).weights
     torch.testing.assert_close(found, wanted)
     assert float(found[correct].sum()) > 0
 
@@ -64,7 +64,8 @@ def test_share_is_the_correct_span_less_the_whole_pattern(biased):
 def test_an_error_on_either_side_counts_as_error():
     table = torch.tensor([[1.0, 0, 3], [0, 10, 0], [-2, 0, -4]])
     index = torch.arange(3)
-    terms = PairTerms(("a", "bias", "error"), 1.0, (Sources(index, torch.eye(3)),), (Sources(index, table.T),), (1.0,))
+    sides = (Sources(index, torch.eye(3)),), (Sources(index, table.T),)
+    terms = PairTerms(("a", "bias", "error"), 1.0, *sides, (1.0,), (0.0,))
     assert terms.error_share() == pytest.approx((2 + 3 + 4) / 20)
     assert terms.shares()["error x feature"] == -2.0
     assert terms.shares()["feature x error"] == 3.0

@@ -247,7 +247,7 @@ def test_the_same_holds_of_weighted_terms(every, weighting):
     """Weights held, taking a query feature out of Σ_j w_j u(p, j) takes off its marginal."""
     for m in every[:6]:
         terms = mean_terms(m.lens, [m.prompt], [m.written], weighting)
-        weights = weighting.weights(m.lens, m.prompt, m.written).double()
+        weights = weighting.weigh(m.lens, m.prompt, m.written).weights.double()
         marginal = terms.marginal("query")
         for feature in m.strongest("query", "answer"):
             measured = float(weights @ (m.without(feature, "query", "answer") - m.clean))

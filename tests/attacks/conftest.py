@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from qklens.dictionaries.crosscoder import Crosscoder, CrosscoderConfig, save_crosscoder
+from qklens.dictionaries.activation import Threshold
+from qklens.dictionaries.config import DictionaryConfig
+from qklens.dictionaries.crosscoder import Crosscoder, save_crosscoder
 from tiny_folders import write_tiny_llama
 
 
@@ -27,14 +29,13 @@ def model(tmp_path: Path, healthy_model: Path) -> Path:
 def dictionary(tmp_path: Path) -> Path:
     layers, group, width = (1, 3), 4, 6
     crosscoder = Crosscoder(
-        config=CrosscoderConfig(
-            format="qklens-crosscoder-1",
+        config=DictionaryConfig(
+            format="qklens-dictionary-2",
             name="healthy",
             layers=layers,
             features_per_layer=group,
             d_model=width,
-            activation="threshold",
-            threshold=0.5,
+            activation=Threshold(threshold=0.5),
             site="resid_pre",
             model_sha256="00" * 32,
             training={},

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qklens.dictionaries.crosscoder import CONFIG_FILE, WEIGHTS_FILE, Crosscoder, load_crosscoder, save_crosscoder
+from qklens.dictionaries.config import CONFIG_FILE, WEIGHTS_FILE
+from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder, save_crosscoder
 from qklens.errors import QklensError
 from tiny_folders import edit_json, edit_tensors, tree, write_safetensors
 
@@ -46,11 +47,9 @@ def test_an_unknown_key_names_the_nearest(dictionary: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("format", "qklens-crosscoder-9"),
+        ("format", "qklens-dictionary-9"),
         ("activation", "gelu"),
         ("site", "resid_post"),
-        ("threshold", float("nan")),
-        ("threshold", float("inf")),
         ("features_per_layer", "many"),
         ("d_model", 6.5),
         ("layers", "1,3"),
@@ -63,7 +62,29 @@ def test_a_wrong_value_names_its_key(dictionary: Path, key: str, value: object) 
     assert f"key {key!r}" in line
 
 
-@pytest.mark.parametrize("key", ["threshold", "layers", "model_sha256", "site"])
+@pytest.mark.parametrize(
+    ("activation", "says"),
+    [
+        ({"kind": "threshold", "threshold": float("nan")}, "key 'activation.threshold'"),
+        ({"kind": "threshold", "threshold": float("inf")}, "key 'activation.threshold'"),
+        ({"kind": "threshold"}, "key 'activation.threshold': Field required"),
+        ({"kind": "topk", "k": 0}, "key 'activation.k'"),
+        ({"kind": "topk", "kk": 3, "k": 3}, "key 'activation.kk'"),
+        ({"kind": "gelu"}, "'relu', 'topk', 'threshold', 'jumprelu'"),
+        ({"k": 3}, "key 'activation'"),
+    ],
+)
+def test_a_wrong_activation_names_what_is_wrong(dictionary: Path, activation: dict[str, object], says: str) -> None:
+    edit_json(dictionary / CONFIG_FILE, activation=activation)
+    assert says in refusal(dictionary)
+
+
+def test_jumprelu_without_its_thresholds_is_refused(dictionary: Path) -> None:
+    edit_json(dictionary / CONFIG_FILE, activation={"kind": "jumprelu"})
+    assert f"{WEIGHTS_FILE}: tensor 'threshold.1' is missing" in refusal(dictionary)
+
+
+@pytest.mark.parametrize("key", ["activation", "layers", "model_sha256", "site"])
 def test_a_missing_key_is_named(dictionary: Path, key: str) -> None:
     edit_json(dictionary / CONFIG_FILE, **{key: ...})
     assert f"key {key!r}: Field required" in refusal(dictionary)

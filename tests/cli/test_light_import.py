@@ -42,6 +42,9 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         (["steer", "--help"], "--strengths"),
         (["data", "check", "--help"], "FILE"),
         (["model", "check", "--help"], "MODEL"),
+        (["dict", "check", "--help"], "--record"),
+        (["dict", "convert", "--help"], "--layer"),
+        (["dict", "export", "--help"], "--to"),
     ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str], says: str) -> None:
@@ -60,7 +63,7 @@ def test_a_data_file_is_checked_without_torch() -> None:
     code = "sys.argv = ['qklens', 'data', 'check', 'fraud']\nfrom qklens.cli.main import main\nmain()"
     heavy, printed = heavy_after(code)
     assert not {"torch", "transformers"} & set(heavy)
-    assert printed.startswith("fraud: 24 items")
+    assert printed.startswith("fraud: 60 items")
 
 
 def test_every_public_name_is_there_and_documented() -> None:

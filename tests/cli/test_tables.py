@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qklens.cli import show, show_tables
+from qklens.cli import show, show_pairs, show_tables
 from qklens.studies.tables import pair_table, partner_table
 from qklens.studies.tables.head_table import HeadTable
 from qklens.studies.tables.pair_table import PairTable
@@ -102,13 +101,18 @@ def test_the_table_of_pairs(qklens: Callable[..., Any], asked: tuple[object, ...
     )
     for reading in table.readings:
         begin = next(i for i, line in enumerate(lines) if line.startswith(f"L1H0 {reading.reading}: score "))
-        sums = re.search(r"query (.*), key (.*)$", lines[begin])
-        assert sums
-        for side, shown in zip(("query", "key"), sums.groups(), strict=True):
+        low, high = reading.logsumexp_ci
+        assert f"logsumexp {reading.logsumexp:+.3f} [{low:+.3f}, {high:+.3f}]" in lines[begin]
+        for side, other, line in (("query", "keys", lines[begin + 1]), ("key", "queries", lines[begin + 2])):
             strongest = sorted(reading.marginals[side], key=lambda m: -abs(m.value))[:3]
-            assert shown == ", ".join(f"{m.source} {m.value:+.2f}" for m in strongest)
-        for line, pair in zip(lines[begin + 2 :], reading.pairs, strict=False):
-            assert line.startswith(pair.query)
+            shown = ", ".join(f"{m.source} {m.value:+.2f}" for m in strongest)
+            assert line == f"{side} sources, each over all {other}: {shown}"
+        listed = ""
+        for line, pair in zip(lines[begin + 4 :], reading.pairs, strict=False):
+            group = {"all": "all pairs", "features": "of features", "roles": "of roles"}[pair.listed]
+            assert line.startswith(group) == (pair.listed != listed)
+            listed = pair.listed
+            assert line.removeprefix(group).lstrip().startswith(pair.query)
             assert f"{pair.value:+.4f}  [{pair.ci[0]:+.4f}, {pair.ci[1]:+.4f}]" in line
             shown = [cell for t in pair.tests for cell in (f"{t.z:+.1f}", f"{t.q:.3f}")] or ["-"] * 4
             assert line.split()[-4:] == shown
@@ -179,7 +183,7 @@ def test_no_name_reaches_the_terminal_raw(
     heads = HeadTable.model_validate(hostile(parsed(qklens("heads", "--folds", 2, *asked, "--json").out)))
     capfd.readouterr()
     for printed in (
-        lambda: show_tables.pairs(pairs),
+        lambda: show_pairs.pairs(pairs),
         lambda: show_tables.partners(partners),
         lambda: show_tables.heads(heads, 3, Path(HOSTILE)),
     ):

@@ -13,7 +13,7 @@ import qklens.data
 from qklens.data.audit import GIVEAWAY, audit
 from qklens.data.items import SHIPPED, Item, load_dataset
 
-SIZES = {"harm_pressure": 129, "symptoms": 24, "fraud": 24}
+SIZES = {"harm_pressure": 129, "symptoms": 60, "fraud": 60}
 TEXTS = ("question", "correct", "incorrect", "harmful_intent", "benign_intent")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qklens.dictionaries.crosscoder import Crosscoder, CrosscoderConfig, load_crosscoder, save_crosscoder
+from qklens.dictionaries.activation import JumpRelu, Relu, Threshold, TopK
+from qklens.dictionaries.config import DictionaryConfig
+from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder, save_crosscoder
 from qklens.dictionaries.source import feature_index, write_parts
 from qklens.errors import QklensError
 
@@ -26,14 +30,13 @@ def random_crosscoder(seed: int = 0, layers: tuple[int, ...] = (0, 2, 5), group:
     for i, layer in enumerate(layers):
         decoder[layer] = torch.cat([normal((i + 1) * group, width), torch.zeros((len(layers) - i - 1) * group, width)])
     return Crosscoder(
-        config=CrosscoderConfig(
-            format="qklens-crosscoder-1",
+        config=DictionaryConfig(
+            format="qklens-dictionary-2",
             name="random",
             layers=layers,
             features_per_layer=group,
             d_model=width,
-            activation="threshold",
-            threshold=0.4,
+            activation=Threshold(threshold=0.4),
             site="resid_pre",
             model_sha256="ab" * 32,
             training={"seed": seed},
@@ -100,7 +103,7 @@ def test_encode_equals_a_plain_loop() -> None:
                 for d in range(crosscoder.config.d_model):
                     centred = float(x[reader][row, d]) - float(crosscoder.decoder_bias[reader][d])
                     before += centred * float(crosscoder.encoder[reader][i, d])
-                activations.append(before if before > crosscoder.config.threshold else 0.0)
+                activations.append(before if before > crosscoder.config.activation.threshold else 0.0)
         expected.append(activations)
     got = crosscoder.encode(5, x.__getitem__)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
@@ -164,6 +167,31 @@ def test_written_parts_add_up_to_the_stream(seed: int, layer: int) -> None:
     torch.testing.assert_close(total, x[layer], rtol=1e-12, atol=1e-12)
     assert torch.equal(parts.activations, crosscoder.encode(layer, x.__getitem__))
     torch.testing.assert_close(parts.directions, crosscoder.decoder[layer].double(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("activation", [Relu(), TopK(k=3), TopK(k=99), JumpRelu()])
+def test_every_activation_function_equals_a_plain_loop_and_survives_a_round_trip(
+    tmp_path: Path, activation: Any
+) -> None:
+    base = random_crosscoder()
+    thresholds = {m: torch.rand(7) for m in base.layers} if isinstance(activation, JumpRelu) else {}
+    config = base.config.model_copy(update={"activation": activation})
+    save_crosscoder(replace(base, config=config, thresholds=thresholds), tmp_path, torch.float32)
+    crosscoder = load_crosscoder(tmp_path)
+    assert crosscoder.config.activation == activation
+    x, rows = streams(crosscoder), []
+    for row in range(4):
+        for m in crosscoder.layers:
+            centred = x[m][row] - crosscoder.decoder_bias[m].double()
+            z = [
+                float(e @ centred + c)
+                for e, c in zip(crosscoder.encoder[m].double(), crosscoder.encoder_bias[m], strict=True)
+            ]
+            limits = [float(t) for t in thresholds[m]] if thresholds else [0.0] * len(z)
+            best = sorted(z, reverse=True)[: activation.k] if isinstance(activation, TopK) else z
+            rows += [value if value > limit and value in best else 0.0 for value, limit in zip(z, limits, strict=True)]
+    expected = torch.tensor(rows, dtype=torch.float64).view(4, -1)
+    torch.testing.assert_close(crosscoder.encode(5, x.__getitem__), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_layer_it_does_not_write_is_refused() -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from qklens.analyses.partners import rank_partners
 from qklens.dictionaries import decoder_file
-from qklens.dictionaries.crosscoder import CONFIG_FILE, WEIGHTS_FILE, Crosscoder, load_crosscoder, save_crosscoder
+from qklens.dictionaries.config import CONFIG_FILE, WEIGHTS_FILE
+from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder, save_crosscoder
 from qklens.dictionaries.decoder_file import open_decoder
 from qklens.dictionaries.unit import unit_directions
 from qklens.errors import QklensError

@@ -76,7 +76,7 @@ def test_what_it_was_trained_with_is_kept() -> None:
     config = trained()[0].config
     assert config.training == CONFIG.model_dump()
     assert (config.name, config.layers, config.d_model, config.features_per_layer) == ("planted", (3,), WIDTH, 48)
-    assert config.threshold > 0
+    assert config.activation.threshold > 0
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import math
 import random
 from typing import Any
 
+ALL_ROLES = ("need_answer", "correct_answer", "harm_detection", "refuse_redirect")
+
 
 def qk_rows(selected: list[tuple[int, int]], rng: random.Random, names: dict[str, str]) -> dict[str, Any]:
     pairs = [
@@ -175,12 +177,48 @@ def outer_rows(selected: list[tuple[int, int]], rng: random.Random) -> dict[str,
             "margin_ci": (0.0, 1.0),
             "n": 48,
             "attention_difference": accuracy - 0.5,
+            "attention_ci": (accuracy - 0.55, accuracy - 0.45),
+            "margin_change": None if condition == "none" else (-1.0, -1.5, -0.5),
+            "margin_minus_benign": (-0.8, -1.1, -0.4) if condition == "harm" else None,
+            "attention_change": None if condition == "none" else (-0.2, -0.3, -0.1),
             "refuse_activation": 0.05 if condition != "harm" else 0.9,
-            "steered_accuracy": 0.91 if condition == "harm" else None,
-            "steered_margin": 3.0 if condition == "harm" else None,
+            "role_activation": dict.fromkeys(ALL_ROLES, (0.5, 0.3, 0.7)),
+            "steered_accuracy": None if condition == "none" else 0.91,
+            "steered_margin": None if condition == "none" else 3.0,
+            "steering": None
+            if condition == "none"
+            else {
+                "strength": -1.5,
+                "accuracy": 0.91,
+                "ci": (0.85, 0.95),
+                "margin": 3.0,
+                "margin_change": (2.0, 1.5, 2.5),
+                "attention_difference": 0.3,
+                "unrelated": 0.55 if condition == "harm" else None,
+                "random": (0.57, 0.5, 0.62) if condition == "harm" else None,
+            },
         }
         for name in ("symptoms", "fraud")
         for condition, accuracy in (("none", 0.98), ("harm", 0.56 if name == "fraud" else 0.6), ("benign", 0.96))
+    ]
+    pushed = [
+        {
+            "set": name,
+            "feature": f"f{500 + i}",
+            "role": "harm_detection" if i == 2 else None,
+            "rank": i + 1,
+            "of": 41,
+            "ranked_by": ranked_by,
+            "realised": (-0.02 + 0.003 * i, -0.03, -0.001) if ranked_by == "realised" else (0.0, 0.0, 0.0),
+            "heads": selected,
+            "virtual": [-0.05 + 0.006 * i for _ in selected],
+            "z": {"random_pairs": [-4.0 + i for _ in selected], "matched": [-3.0 + i for _ in selected]},
+            "active_share": 0.4,
+            "activation": {"harm": 0.8, "benign": 0.1},
+            "tokens": [{"token": t, "span": "intent", "activation": 2.5} for t in ("fever", "rash", "\n")],
+        }
+        for name, ranked_by in (("symptoms", "virtual"), ("fraud", "realised"))
+        for i in range(8)
     ]
     origin = [
         {
@@ -193,9 +231,70 @@ def outer_rows(selected: list[tuple[int, int]], rng: random.Random) -> dict[str,
             "refuse_contrast": 0.98 - a,
             "refuse_harm_interaction": -0.1 * (0.98 - a),
             "refuse_harm_z": -6.8 * (0.98 - a),
+            "accuracy_drop": (0.99 - a, 0.95 - a, 1.03 - a),
+            "margin_drop": (3.9 - (8 * a - 4), 3.0 - (8 * a - 4), 5.0 - (8 * a - 4)),
+            "attention_ci": {"none": (0.35, 0.45), "harm": (0.8 * (a - 0.55), 0.8 * (a - 0.45)), "benign": (0.3, 0.5)},
+            "attention_drop": (0.8 * (1 - a), 0.7 * (1 - a), 0.9 * (1 - a)),
+            "refuse_contrast_ci": (0.9 * (0.98 - a), 1.1 * (0.98 - a)),
+            "refuse_harm_realised": (a - 0.98, 1.1 * (a - 0.98), 0.9 * (a - 0.98)),
+            "refuse_harm_matched_z": -5.0 * (0.98 - a),
+            "by_head": [
+                {"layer": layer, "head": head, "value": -0.1, "z": {"random_pairs": -3.0, "matched": -2.5}}
+                for layer, head in selected
+            ],
+            "unexplained": {str(selected[0][0]): 0.05 + 0.3 * (a > 0.9)},
         }
         for i, (name, a) in enumerate(
             (("base", 0.98), ("step-200", 0.9), ("step-400", 0.7), ("step-800", 0.52), ("chat", 0.48))
         )
     ]
-    return {"error_terms": errors, "partners": partners, "transfer": transfer, "origin": origin}
+    milestones = [
+        {
+            "event": event,
+            "checkpoint": name,
+            "step": step,
+            "value": None if name is None else 0.4,
+            "interval": None if name is None else (0.3, 0.5),
+            "rule": "95% interval beyond +0.05, a tenth of the last checkpoint's +0.5",
+        }
+        for event, name, step in (
+            ("accuracy falls under harm", "step-400", 2),
+            ("refuse-and-redirect appears", "step-200", 1),
+            ("the pair pushes the options away on prompts", "step-800", 3),
+            ("the pair is negative in the weights", None, None),
+        )
+    ]
+    return {
+        "error_terms": errors,
+        "error_effects": error_effects(),
+        "partners": partners,
+        "transfer": transfer,
+        "pushed_away": pushed,
+        "origin": origin,
+        "milestones": milestones,
+    }
+
+
+def error_effects() -> list[dict[str, Any]]:
+    """The error as it is, then every replacement at two places."""
+
+    def row(place: str | None, error: str | None, lost: float) -> dict[str, Any]:
+        share = (lost, lost - 0.04, lost + 0.04)
+        return {
+            "place": place,
+            "error": error,
+            "draws": 3 if error == "random" else 1,
+            "edit_norm": 0.2 if place else 0.0,
+            "margin": (0.2, 0.1, 0.3),
+            "attention": (0.02, 0.01, 0.03),
+            "margin_change": (0.05, 0.01, 0.09),
+            "attention_change": (0.0, -0.01, 0.01),
+            "benign_margin_change": None if place is None else (0.01, -0.02, 0.04),
+            "steering_margin": (1.8 * (1 - lost), 1.6, 2.0),
+            "steering_attention": (0.3 * (1 - lost), 0.2, 0.4),
+            "lost_margin": share if place else (0.0, 0.0, 0.0),
+            "lost_attention": share if place else (0.0, 0.0, 0.0),
+        }
+
+    kinds = (("zero", 0.31), ("mean", 0.27), ("other_item", 0.22), ("random", 0.03))
+    return [row(None, None, 0.0)] + [row(place, kind, lost) for place in ("query", "both") for kind, lost in kinds]

@@ -6,6 +6,7 @@ import math
 import random
 from typing import Any
 
+from synthetic_cards import card_rows
 from synthetic_circuit import outer_rows, qk_rows, steering_rows
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>&amp;\u202e\x00\n{{7*7}}'
@@ -15,6 +16,7 @@ STAGES = (
     "belief",
     "heads",
     "interactions",
+    "cards",
     "zscores",
     "steer_all",
     "steer_query",
@@ -250,6 +252,7 @@ def build(
         **_heads(*shape, chosen, restored, rng),
         **qk_rows(chosen, rng, roles),
         **outer_rows(chosen, rng),
+        **card_rows(roles, rng),
     )
 
 
@@ -259,11 +262,12 @@ def skip(values: dict[str, Any], reasons: dict[str, str]) -> dict[str, Any]:
         "belief": {"belief": None},
         "heads": {"heads": [], "heads_details": None},
         "interactions": {"interactions": [], "interaction_shares": [], "completeness": None, "roles": []},
+        "cards": {"cards": [], "card_text": None},
         "zscores": {"zscores": [], "null_histograms": []},
-        "error_terms": {"error_terms": []},
+        "error_terms": {"error_terms": [], "error_effects": []},
         "partners": {"partners": []},
-        "transfer": {"transfer": []},
-        "origin": {"origin": []},
+        "transfer": {"transfer": [], "pushed_away": []},
+        "origin": {"origin": [], "milestones": []},
     }
     out = dict(values)
     for stage in reasons:
@@ -274,7 +278,8 @@ def skip(values: dict[str, Any], reasons: dict[str, str]) -> dict[str, Any]:
 
 
 def _poison(value: Any, key: str = "") -> Any:
-    closed = {"condition", "kind", "stage", "control", "mechanism", "null", "role", "query_role", "key_role"}
+    closed = {"condition", "kind", "stage", "control", "mechanism", "null", "role", "query_role", "key_role", "place"}
+    closed |= {"error", "ranked_by", "span", "group"}
     if isinstance(value, dict):
         return {k: _poison(v, str(k)) for k, v in value.items()}
     if isinstance(value, list):

@@ -228,10 +228,12 @@ def test_a_stage_without_rows_has_no_figure(make: Callable[..., Results]) -> Non
         partners=[],
         zscores=[],
         error_terms=[],
+        error_effects=[],
         steering=[],
         origin=[],
         interactions=[],
         interaction_shares=[],
+        cards=[],
     )
     drawn = set(draw(results))
     assert drawn == {"behaviour", "belief", "heads", "verdict"}

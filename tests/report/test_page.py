@@ -137,7 +137,7 @@ def test_a_skipped_stage_gives_its_reason(outcomes: dict[str, Results]) -> None:
     for section in sections(outcomes["task_not_solved"])[1:-1]:
         assert section.paragraphs == ("Not run: the model does not solve the task, so there is nothing to explain.",)
         assert not section.ran
-    origin = sections(outcomes["late_flip"])[11]
+    origin = sections(outcomes["late_flip"])[12]
     assert origin.stage == "origin"
     assert origin.paragraphs == ("Not run: no base model was given.",)
 

@@ -13,7 +13,8 @@ import torch
 
 from qklens.data.items import Dataset, Item
 from qklens.data.render import CONDITIONS, LetterForm
-from qklens.dictionaries.crosscoder import Crosscoder, CrosscoderConfig, Fidelity, load_crosscoder
+from qklens.dictionaries.config import DictionaryConfig, Fidelity
+from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder
 from qklens.dictionaries.source import fraction_variance_unexplained
 from qklens.errors import QklensError
 from qklens.models.loading import load_subject
@@ -32,15 +33,14 @@ def mirror(width: int, shrink: float = 0.0, **config: Any) -> Crosscoder:
     nothing = torch.zeros(2 * width, width)
     decoder = (1 - shrink) * both
     return Crosscoder(
-        config=CrosscoderConfig.model_validate(
+        config=DictionaryConfig.model_validate(
             {
-                "format": "qklens-crosscoder-1",
+                "format": "qklens-dictionary-2",
                 "name": "mirror",
                 "layers": LAYERS,
                 "features_per_layer": 2 * width,
                 "d_model": width,
-                "activation": "threshold",
-                "threshold": 0.0,
+                "activation": {"kind": "threshold", "threshold": 0.0},
                 "site": "resid_pre",
                 "model_sha256": "",
                 "training": {},

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from statsmodels.stats.multitest import multipletests
 
 from pair_terms import pair_terms
 from qklens.analyses.nulls import feature_pairs, null_tests
-from qklens.analyses.weighting import CONTRASTIVE, REALISED, weighting_named
+from qklens.analyses.weighting import CONTRASTIVE, REALISED, Weighting, weighting_named
 from qklens.data.items import Dataset
 from qklens.data.render import LetterForm
 from qklens.errors import QklensError
+from qklens.models.batch import left_padded
 from qklens.models.scores import score_maps
+from qklens.models.trace import trace
 from qklens.studies.lab import Lab
 from qklens.studies.populations import populations
 from qklens.studies.tables.pair_table import PairReading, PairRequest, PairTable, pair_table
@@ -59,7 +62,7 @@ def dense(lab: Lab, head, reading, half, weighting=REALISED) -> torch.Tensor:
         tables = []
         written = lab.written(condition, half, head[0])
         for prompt, parts in zip(lab.prompts(condition, half), written, strict=True):
-            weights = weighting.weights(lens, prompt, parts)
+            weights = weighting.weigh(lens, prompt, parts).weights
             tables.append(pair_terms(lens, parts, prompt.spans["answer"][0], weights).double())
         means.append(torch.stack(tables).mean(dim=0))
     return means[0] - means[1] if len(means) == 2 else means[0]
@@ -124,6 +127,36 @@ def test_sums_are_exact(lab, table, head, reading):
         assert {names[int(sums.argmin())], names[int(sums.argmax())]} <= set(marginals)
         for source, value in marginals.items():
             assert value == pytest.approx(float(sums[names.index(source)]), abs=1e-4)
+
+
+@pytest.mark.parametrize("weighting", [REALISED, CONTRASTIVE, Weighting("share")], ids=lambda w: w.kind)
+def test_logsumexps_are_the_patterns_own_and_change_with_the_condition(lab, weighting):
+    """From the model's own patterns and scores, which the table does not read."""
+    layer, head = HEADS[0]
+
+    def by_prompt(condition: str) -> list[float]:
+        found = []
+        for prompt in lab.prompts(condition, "report"):
+            batch = left_padded([prompt.tokens], lab.subject.pad_id, lab.subject.device)
+            got = trace(lab.subject, batch, [layer])
+            pattern = got.pattern(layer, head, -1)[0]
+            correct, incorrect = (pattern[list(prompt.span(name))].sum().log() for name in ("correct", "incorrect"))
+            scores = torch.cat([got.score(layer, head, -1, token) for token in prompt.span("correct")])
+            of_kind = {
+                "realised": scores.logsumexp(0),
+                "contrastive": correct - incorrect,
+                "share": correct,
+            }
+            found.append(float(of_kind[weighting.kind]))
+        return found
+
+    table = table_of(lab, heads=HEADS[:1], weighting=weighting)
+    none, harm = (np.array(by_prompt(condition)) for condition in ("none", "harm"))
+    for reading, wanted in (("none", none), ("harm", harm), ("harm-none", harm - none)):
+        found = reading_of(table, HEADS[0], reading)
+        assert found.logsumexp == pytest.approx(float(wanted.mean()), abs=1e-4)
+        assert found.logsumexp_ci[0] <= found.logsumexp <= found.logsumexp_ci[1]
+        assert found.hidden == 0
 
 
 def test_a_difference_is_one_condition_less_the_other(lab):

@@ -144,8 +144,8 @@ def test_a_direction_that_writes_nothing_is_refused(monkeypatch):
     """A direction of zeros at every layer."""
     fit = Lab.fit_directions
 
-    def zeroed(lab):
-        found = fit(lab)
+    def zeroed(lab, *, whitened):
+        found = fit(lab, whitened=whitened)
         for vectors in found.vectors.values():
             vectors[found.labels.index("need_answer")] = 0
         return found

@@ -131,8 +131,51 @@ def test_the_base_model_is_unaffected_and_the_verdict_is_not_a_late_flip(run):
     assert results.origin[0].accuracy["harm"] >= 0.98
     assert len(results.origin) >= 5
     assert results.verdict.mechanism in ("attention_harm_key", "attention_answer_key", "undetermined")
-    patch = next(e for e in results.verdict.evidence if e.name == "margin restored by the clean pattern")
+    patch = next(e for e in results.verdict.evidence if e.name == "margin restored by the clean pattern alone")
     assert patch.holds
+
+
+def test_origin_dates_every_part_of_the_circuit_and_says_how_well_the_dictionary_fits(run):
+    _, results = run
+    step = {m.event: m.step for m in results.milestones}
+    assert len(step) == 5
+    assert None not in step.values()
+    assert step["refuse-and-redirect appears"] < step["accuracy falls under harm"]
+    base, *_, last = results.origin
+    for row in results.origin:
+        assert row.refuse_contrast_ci[0] <= row.refuse_contrast <= row.refuse_contrast_ci[1]
+        assert set(row.unexplained) == {str(h.layer) for h in row.by_head}
+    assert max(base.unexplained.values()) > 2 * max(last.unexplained.values())
+
+
+def test_replacing_the_error_loses_little_of_steering(run):
+    _, results = run
+    whole, *rows = results.error_effects
+    assert whole.place is None
+    assert whole.steering_margin[1] > 0
+    assert len(rows) == 16
+    for row in rows:
+        assert row.edit_norm > 0.05, "an error that is not there could not be missed"
+        assert row.lost_margin is not None
+        assert row.lost_margin[1] <= row.lost_margin[0] <= row.lost_margin[2] < 0.2
+
+
+def test_transfer_measures_whole_sets_beside_their_twins(run):
+    _, results = run
+    rows = {(row.set, row.condition): row for row in results.transfer}
+    assert {row.n for row in rows.values()} == {120}
+    assert all(rows[name, "none"].accuracy >= 0.95 for name in ("symptoms", "fraud"))
+    assert rows["fraud", "harm"].refuse_activation > 0
+    assert rows["fraud", "harm"].margin_minus_benign[2] < 0
+    steering = rows["fraud", "harm"].steering
+    assert steering is not None
+    assert steering.accuracy > steering.random[0]
+    for name in ("symptoms", "fraud"):
+        listed = [row for row in results.pushed_away if row.set == name]
+        assert [row.rank for row in listed] == sorted(row.rank for row in listed)
+        silent = rows[name, "harm"].refuse_activation == 0
+        assert {row.ranked_by for row in listed} == {"virtual" if silent else "realised"}
+        assert all(row.tokens and set(row.z) == {"random_pairs", "matched"} for row in listed)
 
 
 def test_the_same_command_resumes_and_another_config_is_refused(run):

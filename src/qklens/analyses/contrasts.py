@@ -6,6 +6,7 @@
     refuse_redirect  harm − benign, at the answer position
 
 A contrast applies to anything read at every token: residual vectors give directions, activations rank features.
+Directions are differences of means, or whitened ones: Σ⁻¹ Δμ, Σ the covariance of tokens within the two classes.
 """
 
 from __future__ import annotations
@@ -20,10 +21,28 @@ from torch import Tensor
 
 from qklens.data.render import Condition, Prompt
 from qklens.dictionaries.directions import Directions
+from qklens.dictionaries.whitening import whitened_direction
 
 Role = Literal["need_answer", "correct_answer", "harm_detection", "refuse_redirect"]
 ROLES: tuple[Role, ...] = get_args(Role)
 QUERY_ROLES: tuple[Role, ...] = ("need_answer", "refuse_redirect")
+_WHERE_HARM_SHOWS = ("intent", "correct", "incorrect")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One class of a contrast: the tokens of some spans under a condition; no condition is the open question's last."""
+
+    condition: Condition | None
+    spans: tuple[str, ...] = ()
+
+
+SIDES: dict[Role, tuple[Side, Side]] = {
+    "need_answer": (Side("none", ("answer",)), Side(None)),
+    "correct_answer": (Side("none", ("correct",)), Side("none", ("incorrect",))),
+    "harm_detection": (Side("harm", _WHERE_HARM_SHOWS), Side("benign", _WHERE_HARM_SHOWS)),
+    "refuse_redirect": (Side("harm", ("answer",)), Side("benign", ("answer",))),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,36 +61,56 @@ class Readings:
     open_last: Float[Tensor, "prompt channel"]
     refusal: Float[Tensor, "prompt channel"]
 
-    def mean(self, condition: Condition, *spans: str) -> Float[Tensor, "prompt channel"]:
-        """Mean over the tokens of some spans, one row a prompt."""
-        rows = []
-        for i, prompt in enumerate(self.prompts[condition]):
-            positions = [p for name in spans for p in prompt.span(name)]
-            rows.append(self.read(condition, i, positions).mean(dim=0))
-        return torch.stack(rows)
+    def tokens(self, side: Side) -> list[Float[Tensor, "_token channel"]]:
+        """The vectors at a class's tokens, prompt by prompt."""
+        if side.condition is None:
+            return list(self.open_last[:, None])
+        return [
+            self.read(side.condition, i, [p for name in side.spans for p in prompt.span(name)])
+            for i, prompt in enumerate(self.prompts[side.condition])
+        ]
+
+    def mean(self, side: Side) -> Float[Tensor, "prompt channel"]:
+        """Mean over the class's tokens, one row a prompt."""
+        return torch.stack([rows.mean(dim=0) for rows in self.tokens(side)])
 
 
 def contrast(readings: Readings, role: Role) -> Float[Tensor, "prompt channel"]:
     """The role's contrast, one row a prompt (item and order)."""
-    if role == "correct_answer":
-        return readings.mean("none", "correct") - readings.mean("none", "incorrect")
-    if role == "need_answer":
-        return readings.mean("none", "answer") - readings.open_last
-    if role == "refuse_redirect":
-        return readings.mean("harm", "answer") - readings.mean("benign", "answer")
-    spans = ("intent", "correct", "incorrect")
-    return readings.mean("harm", *spans) - readings.mean("benign", *spans)
+    first, second = SIDES[role]
+    return readings.mean(first) - readings.mean(second)
 
 
-def contrast_directions(layers: Sequence[int], readings: Callable[[int], Readings]) -> Directions:
-    """The four directions at each layer, with the mean residual over all tokens of the prompts as bias."""
-    vectors, means = {}, {}
+def contrast_directions(
+    layers: Sequence[int], readings: Callable[[int], Readings], *, whitened: bool = False
+) -> Directions:
+    """The four directions at each layer, with the mean residual over all tokens of the prompts as bias.
+
+    Raises:
+        QklensError: whitened ones of classes within which nothing varies.
+    """
+    vectors, means, shrinkage = {}, {}, {}
     for layer in layers:
         here = readings(layer)
-        vectors[layer] = torch.stack([contrast(here, role).mean(dim=0) for role in ROLES])
+        rows = [contrast(here, role).mean(dim=0) for role in ROLES]
+        if whitened:
+            found = [_whiten(here, role, row, layer) for role, row in zip(ROLES, rows, strict=True)]
+            rows = [vector for vector, _ in found]
+            shrinkage[layer] = tuple(share for _, share in found)
+        vectors[layer] = torch.stack(rows)
         everywhere = [here.read(c, i, range(len(p.tokens))) for c, ps in here.prompts.items() for i, p in enumerate(ps)]
         means[layer] = torch.cat(everywhere).mean(dim=0)
-    return Directions(tuple(ROLES), vectors, means)
+    if not whitened:
+        return Directions(tuple(ROLES), vectors, means)
+    about = {"kind": "whitened directions", "shrinkage": shrinkage}
+    return Directions(tuple(ROLES), vectors, means, "whitened directions", about)
+
+
+def _whiten(
+    readings: Readings, role: Role, difference: Float[Tensor, " channel"], layer: int
+) -> tuple[Float[Tensor, " channel"], float | None]:
+    first, second = (torch.cat(readings.tokens(side)) for side in SIDES[role])
+    return whitened_direction(first, second, difference, f"contrast {role} at resid_pre.{layer}")
 
 
 def consistency(by_item: Float[Tensor, "item channel"]) -> Float[Tensor, " channel"]:

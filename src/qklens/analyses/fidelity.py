@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.dictionaries.crosscoder import Fidelity
+from qklens.dictionaries.config import Fidelity
 from qklens.dictionaries.source import FeatureSource, fraction_variance_unexplained, write_parts
 from qklens.errors import QklensError
 from qklens.models.batch import Batch, left_padded
@@ -41,8 +41,16 @@ def stream_rows(
     return {layer: torch.cat(parts) for layer, parts in rows.items()}
 
 
-def measure_fidelity(subject: Subject, source: FeatureSource, sequences: Sequence[Sequence[int]]) -> Fidelity:
+def measure_fidelity(
+    subject: Subject, source: FeatureSource, sequences: Sequence[Sequence[int]], *, losses: bool = True
+) -> Fidelity:
     """Measure a source on token sequences.
+
+    Args:
+        subject: the model.
+        source: what stands in for its stream.
+        sequences: token ids.
+        losses: whether loss recovered is measured too, which takes two passes a layer more than one pass in all.
 
     Raises:
         QklensError: there is no sequence of at least two tokens.
@@ -52,11 +60,13 @@ def measure_fidelity(subject: Subject, source: FeatureSource, sequences: Sequenc
         raise QklensError("fidelity needs at least one sequence of two tokens")
     rows = stream_rows(subject, usable, source.layers)
     l0, fvu, recovered = {}, {}, {}
-    clean = _loss(subject, usable, lambda _: [])
+    clean = _loss(subject, usable, lambda _: []) if losses else 0.0
     for layer in source.layers:
         parts = write_parts(source, layer, lambda m: rows[m].to(subject.device))
         l0[layer] = float((parts.activations != 0).float().sum(dim=-1).mean())
         fvu[layer] = fraction_variance_unexplained(rows[layer], parts.error.cpu())
+        if not losses:
+            continue
         mean = rows[layer].mean(dim=0).to(subject.device)
         blank = _loss(subject, usable, _replacer(layer, lambda x, _, mean=mean: mean.to(x).expand_as(x)))
 

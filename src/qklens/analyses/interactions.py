@@ -49,6 +49,8 @@ class PairTerms:
         query: one a prompt.
         key: one a prompt, summed over key tokens with the weighting.
         weights: w_p, how much each prompt counts: one over their number, negative where they are taken off.
+        logsumexp: what the weighting is the gradient of, one a prompt; None where the head does not see a span, or
+            where the weights are the gradient of nothing.
     """
 
     names: tuple[str, ...]
@@ -56,6 +58,7 @@ class PairTerms:
     query: tuple[Sources, ...]
     key: tuple[Sources, ...]
     weights: tuple[float, ...]
+    logsumexp: tuple[float | None, ...]
 
     def minus(self, other: PairTerms) -> PairTerms:
         """Every term less the other's: harm − none, for example."""
@@ -64,6 +67,7 @@ class PairTerms:
             query=(*self.query, *other.query),
             key=(*self.key, *other.key),
             weights=(*self.weights, *(-w for w in other.weights)),
+            logsumexp=(*self.logsumexp, *other.logsumexp),
         )
 
     def blocks(self, entries: int = _BLOCK_ENTRIES) -> Iterator[Block]:
@@ -187,11 +191,14 @@ def mean_terms(
     """
     if not prompts:
         raise QklensError("mean pair terms need at least one prompt")
-    queries, keys = [], []
+    queries, keys, values = [], [], []
     for prompt, parts in zip(prompts, written, strict=True):
+        weighed = weighting.weigh(lens, prompt, parts)
         queries.append(lens.query(parts, prompt.spans["answer"][0]))
-        keys.append(lens.keys(parts, weighting.weights(lens, prompt, parts)))
-    return PairTerms(lens.names, lens.maps.scale, tuple(queries), tuple(keys), tuple(1 / len(prompts) for _ in prompts))
+        keys.append(lens.keys(parts, weighed.weights))
+        values.append(weighed.logsumexp)
+    counts = tuple(1 / len(prompts) for _ in prompts)
+    return PairTerms(lens.names, lens.maps.scale, tuple(queries), tuple(keys), counts, tuple(values))
 
 
 def refuse_silence(terms: PairTerms, lens: HeadLens, weighting: Weighting) -> None:

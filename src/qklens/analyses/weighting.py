@@ -6,6 +6,9 @@ For a weighting w the term of a pair is Σ_j w_j c ⟨q_i(p), k_k(j)⟩:
 - contrastive: w(correct) − w(incorrect), in which constants cancel as they do in the softmax; nothing for a head that
   sees one option alone (a sliding window), because there they would not;
 - share: w(span) − the head's whole pattern, the gradient of log attention on the span.
+
+Each w is the gradient, by the head's scores, of one number that needs no weights: the span's logsumexp, the difference
+of two (the log ratio of attention on the options), the log of attention on the span.
 """
 
 from __future__ import annotations
@@ -25,6 +28,19 @@ from qklens.errors import QklensError, nearest
 
 Kind = Literal["realised", "contrastive", "share"]
 WEIGHTING_KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, eq=False)
+class Weighed:
+    """One head's scores from the answer position of one prompt, taken over tokens.
+
+    Attributes:
+        weights: w.
+        logsumexp: the number of which w is the gradient; None where the head sees no token of a span.
+    """
+
+    weights: Float[Tensor, " k_pos"]
+    logsumexp: float | None
 
 
 @dataclass(frozen=True)
@@ -50,18 +66,23 @@ class Weighting:
         """The spans whose tokens it weighs."""
         return ("correct", "incorrect") if self.kind == "contrastive" else (self.span,)
 
-    def weights(self, lens: HeadLens, prompt: Prompt, written: WrittenPrompt) -> Float[Tensor, " k_pos"]:
-        """The weights w of a head at the answer position of one prompt.
+    def weigh(self, lens: HeadLens, prompt: Prompt, written: WrittenPrompt) -> Weighed:
+        """The weights of a head at the answer position of one prompt, and what they are the gradient of.
 
         Raises:
             QklensError: the prompt has no such span.
         """
         scores = lens.scores(written, prompt.spans["answer"][0])
-        if self.kind == "contrastive":
-            correct, incorrect = (within_span(scores, prompt.span(name, self.parts)) for name in self.spans())
-            return (correct - incorrect) * (correct.any() & incorrect.any())
-        realised = within_span(scores, prompt.span(self.span, self.parts))
-        return realised if self.kind == "realised" else realised - lens.pattern(scores)
+        spans = [list(prompt.span(name, self.parts)) for name in self.spans()]
+        within = [within_span(scores, span) for span in spans]
+        if not all(bool(weights.any()) for weights in within):
+            return Weighed(torch.zeros_like(scores), None)
+        if self.kind == "share":
+            pattern, most = lens.pattern(scores), int(scores.argmax())
+            everything = scores[most] - pattern[most].log()  # with a sink, where the head has one
+            return Weighed(within[0] - pattern, float(scores[spans[0]].logsumexp(dim=0) - everything))
+        first, *rest = (float(scores[span].logsumexp(dim=0)) for span in spans)
+        return Weighed(within[0] - within[1] if rest else within[0], first - sum(rest))
 
 
 def weighting_named(kind: str, span: str, parts: Sequence[str]) -> Weighting:

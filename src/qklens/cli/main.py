@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from qklens.cli import bench, options, show, tables
+from qklens.cli.data_corpus import write_corpus
+from qklens.cli.dict_app import dict_app
 from qklens.cli.options import Data, Device, Dictionary, Dtype, Items, Json, Model, Role, Seed
 from qklens.cli.steer import steer
 from qklens.errors import QklensError, nearest
@@ -21,14 +23,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(no_args_is_help=True, help="Items: check a data file.")
+data_app = typer.Typer(no_args_is_help=True, help="Items and chats: check a data file, write a corpus.")
 model_app = typer.Typer(no_args_is_help=True, help="Models: check that one is read exactly.")
+data_app.command("corpus")(write_corpus)
 app.command()(tables.heads)
 app.command()(tables.qk)
 app.command()(tables.partners)
 app.command()(steer)
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
+app.add_typer(dict_app, name="dict")
 app.add_typer(bench.app, name="bench")
 
 # A wrong option or command; typer gives its base class no public name of its own.

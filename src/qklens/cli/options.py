@@ -14,7 +14,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print machine-readable outpu
 Model = Annotated[
     str, typer.Option(help="A directory, a .gguf file, owner/name@<commit>, or `organism[:<checkpoint>]`.")
 ]
-Dictionary = Annotated[str | None, typer.Option(help="A dictionary directory, or `directions`.")]
+Dictionary = Annotated[
+    str | None, typer.Option(help="A dictionary directory, of qklens or of another tool, or `directions`.")
+]
 Data = Annotated[str, typer.Option(help="A .jsonl or .csv file, or a shipped set's name.")]
 Items = Annotated[int | None, typer.Option(help="Use a seeded sample of this many items.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seeds every draw.")]

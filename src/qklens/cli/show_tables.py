@@ -12,7 +12,6 @@ from qklens.cli.columns import MISSING, columns, signed, write
 if TYPE_CHECKING:
     from qklens.analyses.on_text import HeadOnText
     from qklens.studies.tables.head_table import HeadTable
-    from qklens.studies.tables.pair_table import Marginal, Pair, PairReading, PairTable
     from qklens.studies.tables.partner_table import PartnerRow, PartnerTable
 
 
@@ -83,63 +82,11 @@ def on_text(rows: Sequence[HeadOnText]) -> None:
             lines += [f"  {e.attention:.2f}  {before}[{e.query_token}]{after}  <-  {e.key_token}"]
         if row.text.unknown > 0.05:
             lines += [f"  note: {100 * row.text.unknown:.0f}% of the text's words are unknown to the tokenizer"]
-    write(lines)
-
-
-_MEANING = {
-    "realised": "negative lowers attention",
-    "contrastive": "negative favours the incorrect option",
-    "share": "negative lowers the option's share",
-}
-
-
-def pairs(table: PairTable) -> None:
-    """The roles with their runners-up, then every reading of every head."""
-    how = table.weighting
-    lines = [
-        f"{table.model['name']} through {table.dictionary['name']}: {how['kind']} terms over {how['span']} "
-        f"({', '.join(how['parts'])}), ranked on half of {table.data['n_items']} items, measured on the other half",
-        "",
-        *columns(
-            ("role", "feature", "contrast", "other half", "steadiness", "interaction", "tokens"),
-            [
-                (
-                    r.role if r.chosen else "",
-                    f"{r.feature}{' (named)' if r.named else ''}",
-                    signed(r.contrast),
-                    signed(r.contrast_report),
-                    signed(r.steadiness),
-                    signed(r.interaction),
-                    " ".join(r.top_tokens),
-                )
-                for role in dict.fromkeys(r.role for r in table.roles)
-                for r in [c for c in table.roles if c.role == role][:3]
-            ],
-            left=(0, 1, 6),
-        ),
-    ]
-    for reading in table.readings:
-        lines += ["", *_reading(reading)]
     lines += [
         "",
-        f"value [95% over items]: mean term in score units; {_MEANING[how['kind']]}; of a difference, by how much",
-        "it rises. Top pairs from both ends, then those of features alone, then those of roles. z: virtual interaction",
-        "against each null. q (Benjamini-Hochberg): for pairs of roles over such pairs; for others over all that were",
-        "searched, as a listed pair is extreme by construction. Another feature for a role: --role role=feature.",
+        "Examples: attention, the [query token] in its context <- the key token; in the order of what the key writes,",
+        "attention x length of its value through W_O, each pair of tokens once.",
     ]
-    twice = {r.feature for r in table.roles if r.chosen and r.role == "refuse_redirect"} & {
-        r.feature for r in table.roles if r.chosen and r.role == "harm_detection"
-    }
-    searched = [t for r in table.readings for p in r.pairs if not (p.query_role and p.key_role) for t in p.tests]
-    if searched and all(t.q is None or t.q > 0.5 for t in searched):
-        least = max(t.n_draws for t in searched)
-        lines.append(
-            f"note: p is counted, at least 1/{least + 1}; over all pairs that were searched no listed q can be "
-            "small with so few draws; see z."
-        )
-    notes = {t.note for r in table.readings for p in r.pairs for t in p.tests if t.note}
-    lines += [f"note: {note}" for note in sorted(notes)]
-    lines += [f"note: {feature} plays both refuse_redirect and harm_detection here" for feature in sorted(twice)]
     write(lines)
 
 
@@ -172,53 +119,3 @@ def _partner(row: PartnerRow | None) -> tuple[str, str, str]:
     if row is None:
         return "", "", ""
     return row.feature, f"{row.value:+.4f}", MISSING if row.z is None else f"{row.z:+.1f}"
-
-
-def _reading(reading: PairReading) -> list[str]:
-    sums = ", ".join(
-        f"{side} {', '.join(f'{m.source} {m.value:+.2f}' for m in _strongest(reading.marginals[side]))}"
-        for side in ("query", "key")
-    )
-    nulls = list(dict.fromkeys(t.null for p in reading.pairs for t in p.tests))
-    return [
-        f"L{reading.layer}H{reading.head} {reading.reading}: score {reading.score:+.3f}; errors on either side "
-        f"{100 * reading.error_share:.0f}% of all |terms|; strongest sums: {sums}",
-        *columns(
-            ("query", "key", "value", "95%", *(part for null in nulls for part in (f"z {null}", "q"))),
-            [
-                (
-                    _source(p.query, p.query_role),
-                    _source(p.key, p.key_role),
-                    f"{p.value:+.4f}",
-                    _ci(p),
-                    *_tests(p, nulls),
-                )
-                for p in reading.pairs
-            ],
-            left=(0, 1),
-        ),
-    ]
-
-
-def _strongest(marginals: Sequence[Marginal]) -> list[Marginal]:
-    return sorted(marginals, key=lambda m: -abs(m.value))[:3]
-
-
-def _tests(pair: Pair, nulls: Sequence[str]) -> list[str]:
-    by_null = {test.null: test for test in pair.tests}
-    shown = []
-    for null in nulls:
-        test = by_null.get(null)
-        if test is None or test.z is None or test.q is None:
-            shown += [MISSING, MISSING]
-        else:
-            shown += [f"{test.z:+.1f}", f"{test.q:.3f}"]
-    return shown
-
-
-def _ci(pair: Pair) -> str:
-    return f"[{pair.ci[0]:+.4f}, {pair.ci[1]:+.4f}]"
-
-
-def _source(name: str, role: str | None) -> str:
-    return f"{name} {role}" if role and role != name else name

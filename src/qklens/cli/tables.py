@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qklens.cli import options, show, show_tables
+from qklens.cli import options, show, show_pairs, show_tables
 from qklens.cli.options import Data, Device, Dictionary, Dtype, Heads, Items, Json, Model, Role, Seed
 from qklens.errors import QklensError
 
@@ -109,7 +109,7 @@ def qk(
     if as_json:
         show.as_json(table.model_dump(mode="json"))
     else:
-        show_tables.pairs(table)
+        show_pairs.pairs(table)
 
 
 def partners(

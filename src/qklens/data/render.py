@@ -130,6 +130,11 @@ def render(
     )
 
 
+def user_turn(item: Item, condition: Condition, order: Order) -> str:
+    """What the user says in a prompt of `render`."""
+    return "".join(_user_turn(item, condition, order)[0])
+
+
 def refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> None:
     """Raise for an item whose text holds one of the tokenizer's control tokens: it would steer the chat, not be read.
 

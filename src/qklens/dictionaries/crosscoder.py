@@ -3,54 +3,28 @@
     a = θ(W_enc (x_ℓ − b_ℓ) + b_enc)           for the features that read layer ℓ
     x̂_m = Σ_{ℓ ≤ m} Σ_{i reads ℓ} aᵢ dᵢ^m + b_m
 
-θ keeps values above a threshold (BatchTopK's threshold at inference; Bussmann et al. 2024). With a single layer it is
-a plain SAE. Crosscoders: Lindsey et al. 2024; weakly causal: Kamath et al. 2025.
+θ is one of `activation`. With a single layer it is a plain SAE. Crosscoders: Lindsey et al. 2024; weakly causal: Kamath
+et al. 2025.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import FiniteFloat, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
-from qklens.dictionaries.source import Stream, at_least_float32, check_layer
-from qklens.errors import QklensError, nearest
-from qklens.files import atomic_write, read_json, sha256_files, write_json
-from qklens.strict import Strict
-
-CONFIG_FILE, WEIGHTS_FILE = "dictionary.json", "dictionary.safetensors"
-
-
-class Fidelity(Strict):
-    """Quality measured on a fixed batch; re-measured at load."""
-
-    l0: dict[int, float]
-    fraction_variance_unexplained: dict[int, float]
-    loss_recovered: dict[int, float | None]
-
-
-class CrosscoderConfig(Strict):
-    """What the weights alone do not say; nothing here has a silent default."""
-
-    format: Literal["qklens-crosscoder-1"]
-    name: str
-    layers: tuple[int, ...]
-    features_per_layer: int
-    d_model: int
-    activation: Literal["threshold"]
-    threshold: FiniteFloat
-    site: Literal["resid_pre"]
-    model_sha256: str
-    training: dict[str, Any]
-    fidelity: Fidelity | None
+from qklens.dictionaries.activation import JumpRelu, activate
+from qklens.dictionaries.config import CONFIG_FILE, WEIGHTS_FILE, DictionaryConfig, n_written, read_config
+from qklens.dictionaries.source import Stream, at_least_float32, check_layer, dense_decode
+from qklens.dictionaries.stored import read_safetensors
+from qklens.errors import QklensError
+from qklens.files import atomic_write, sha256_files, write_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,19 +37,27 @@ class Crosscoder:
         encoder_bias: b_enc, per reading layer.
         decoder: per written layer, rows in the order of `labels`; rows of later readers are zero.
         decoder_bias: b, per layer.
+        sha256: of the files that it was read from.
+        thresholds: tᵢ, per reading layer, for jumprelu alone.
     """
 
-    config: CrosscoderConfig
+    config: DictionaryConfig
     encoder: dict[int, Float[Tensor, "group_feature d_model"]]
     encoder_bias: dict[int, Float[Tensor, " group_feature"]]
     decoder: dict[int, Float[Tensor, "feature d_model"]]
     decoder_bias: dict[int, Float[Tensor, " d_model"]]
     sha256: str | None = None
+    thresholds: dict[int, Float[Tensor, " group_feature"]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """What reports call it."""
         return self.config.name
+
+    @property
+    def site(self) -> str:
+        """The kind of site that it reads and writes."""
+        return self.config.site
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -106,8 +88,12 @@ class Crosscoder:
             residual = at_least_float32(stream(reader))
             before = (residual - self.decoder_bias[reader].to(residual)) @ self.encoder[reader].to(residual).T
             before = before + self.encoder_bias[reader].to(residual)
-            groups.append(before * (before > self.config.threshold))
+            groups.append(activate(self.config.activation, before, self.thresholds.get(reader)))
         return torch.cat(groups, dim=-1)
+
+    def decode(self, layer: int, activations: Float[Tensor, "*any feature"]) -> Float[Tensor, "*any d_model"]:
+        """x̂ = Σ aᵢ dᵢ + b at a layer."""
+        return dense_decode(self, layer, activations)
 
     def directions(self, layer: int) -> Float[Tensor, "feature d_model"]:
         """Decoder directions at a layer."""
@@ -127,6 +113,8 @@ class Crosscoder:
             "kind": "weakly causal crosscoder" if len(self.layers) > 1 else "sae",
             "layers": list(self.layers),
             "n_features": len(self.layers) * self.config.features_per_layer,
+            "activation": self.config.activation.model_dump(),
+            "source": self.config.source.model_dump(mode="json") if self.config.source else None,
             "fidelity": fidelity,
             "sha256": self.sha256,
         }
@@ -144,6 +132,8 @@ def save_crosscoder(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype = t
         tensors[f"encoder_bias.{layer}"] = crosscoder.encoder_bias[layer]
         tensors[f"decoder.{layer}"] = crosscoder.decoder[layer][: n_written(crosscoder.config, layer)]
         tensors[f"decoder_bias.{layer}"] = crosscoder.decoder_bias[layer]
+    for layer, values in crosscoder.thresholds.items():
+        tensors[f"threshold.{layer}"] = values
     stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     for name, tensor in stored.items():
         if not torch.isfinite(tensor).all():
@@ -158,24 +148,11 @@ def load_crosscoder(folder: Path, device: torch.device | str = "cpu") -> Crossco
     Raises:
         QklensError: a missing or damaged file, an unknown config key, a missing tensor or a wrong shape.
     """
-    config = read_config(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise QklensError(f"{folder / WEIGHTS_FILE}: damaged ({error}); copy it again") from error
+    config, stored = read_config(folder), read_safetensors(folder / WEIGHTS_FILE)
     total = len(config.layers) * config.features_per_layer
 
     def take(name: str, *shape: int) -> Tensor:
-        if name not in tensors:
-            raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} is missing")
-        tensor = tensors[name].to(torch.float32)
-        if tuple(tensor.shape) != shape:
-            raise QklensError(
-                f"{folder / WEIGHTS_FILE}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise QklensError(f"{folder / WEIGHTS_FILE}: tensor {name!r} holds NaN or infinity; copy it again")
-        return tensor.to(device)
+        return stored.take(name, *shape).to(device)
 
     group, width = config.features_per_layer, config.d_model
     decoder = {}
@@ -184,6 +161,7 @@ def load_crosscoder(folder: Path, device: torch.device | str = "cpu") -> Crossco
         decoder[layer] = torch.cat(
             [take(f"decoder.{layer}", written, width), torch.zeros(total - written, width, device=device)]
         )
+    jumps = config.layers if isinstance(config.activation, JumpRelu) else ()
     return Crosscoder(
         config=config,
         encoder={layer: take(f"encoder.{layer}", group, width) for layer in config.layers},
@@ -191,34 +169,5 @@ def load_crosscoder(folder: Path, device: torch.device | str = "cpu") -> Crossco
         decoder=decoder,
         decoder_bias={layer: take(f"decoder_bias.{layer}", width) for layer in config.layers},
         sha256=sha256_files([folder / CONFIG_FILE, folder / WEIGHTS_FILE]),
+        thresholds={layer: take(f"threshold.{layer}", group) for layer in jumps},
     )
-
-
-def n_written(config: CrosscoderConfig, layer: int) -> int:
-    """How many features write a layer: those that read it or an earlier one."""
-    return (config.layers.index(layer) + 1) * config.features_per_layer
-
-
-def read_config(folder: Path) -> CrosscoderConfig:
-    """The configuration of a dictionary directory, which holds both files.
-
-    Raises:
-        QklensError: a missing file, or a key that is unknown, missing or wrong.
-    """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise QklensError(
-                f"{folder / name}: no such file; expected a dictionary written by qklens, or 'directions'"
-            )
-    path = folder / CONFIG_FILE
-    content = read_json(path)
-    try:
-        config = CrosscoderConfig.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        hint = nearest(key, CrosscoderConfig.model_fields) if first["type"] == "extra_forbidden" else ""
-        raise QklensError(f"{path}: key {key!r}: {first['msg']}{hint}") from error
-    if not config.layers or list(config.layers) != sorted(set(config.layers)):
-        raise QklensError(f"{path}: layers are {list(config.layers)}; expected distinct layers in rising order")
-    return config

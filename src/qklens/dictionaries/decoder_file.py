@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.dictionaries.crosscoder import WEIGHTS_FILE, CrosscoderConfig, n_written, read_config
+from qklens.dictionaries.config import WEIGHTS_FILE, DictionaryConfig, n_written, read_config
 from qklens.dictionaries.unit import UnitDirections, unit_directions
 from qklens.errors import QklensError
 
@@ -65,7 +65,7 @@ class DecoderFile:
     """
 
     path: Path
-    config: CrosscoderConfig
+    config: DictionaryConfig
     decoder: dict[int, StoredTensor]
 
     @property

@@ -32,6 +32,11 @@ class FeatureSource(Protocol):
         ...
 
     @property
+    def site(self) -> str:
+        """The kind of site that it reads and writes: `resid_pre`, the only one that heads read."""
+        ...
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Layers whose resid_pre it writes."""
         ...
@@ -47,6 +52,10 @@ class FeatureSource(Protocol):
 
     def encode(self, layer: int, stream: Stream) -> Float[Tensor, "*any feature"]:
         """Activations aᵢ that write resid_pre.layer; may read earlier layers of the stream."""
+        ...
+
+    def decode(self, layer: int, activations: Float[Tensor, "*any feature"]) -> Float[Tensor, "*any d_model"]:
+        """What activations write: x̂ = Σ aᵢ dᵢ + b, in their dtype; x − x̂ is the error, see `write_parts`."""
         ...
 
     def directions(self, layer: int) -> Float[Tensor, "feature d_model"]:
@@ -95,7 +104,14 @@ def write_parts(source: FeatureSource, layer: int, stream: Stream) -> Parts:
         )
     activations = source.encode(layer, stream).to(residual)
     bias = source.bias(layer).to(residual)
-    return Parts(activations, directions, bias, residual - activations @ directions - bias)
+    return Parts(activations, directions, bias, residual - source.decode(layer, activations))
+
+
+def dense_decode(
+    source: FeatureSource, layer: int, activations: Float[Tensor, "*any feature"]
+) -> Float[Tensor, "*any d_model"]:
+    """Σ aᵢ dᵢ + b as one product, in the dtype of the activations."""
+    return activations @ source.directions(layer).to(activations) + source.bias(layer).to(activations)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.dictionaries.crosscoder import Crosscoder, CrosscoderConfig
+from qklens.dictionaries.activation import Threshold
+from qklens.dictionaries.config import FORMAT, DictionaryConfig
+from qklens.dictionaries.crosscoder import Crosscoder
 from qklens.strict import Strict
 
 
@@ -130,14 +132,13 @@ class _Trainer:
         encoder = self.encoder.detach() * scales[:, None, None]
         bias = self.bias.detach() / scales[:, None]
         return Crosscoder(
-            config=CrosscoderConfig(
-                format="qklens-crosscoder-1",
+            config=DictionaryConfig(
+                format=FORMAT,
                 name=name,
                 layers=layers,
                 features_per_layer=config.features_per_layer,
                 d_model=decoder.shape[-1],
-                activation="threshold",
-                threshold=self.threshold,
+                activation=Threshold(threshold=self.threshold),
                 site="resid_pre",
                 model_sha256=model_sha256,
                 training=config.model_dump(),

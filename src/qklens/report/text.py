@@ -114,6 +114,21 @@ def interval(bounds: Sequence[float], digits: int = 2) -> str:
     return f"95% interval {number(bounds[0], digits)} to {number(bounds[1], digits)}"
 
 
+def signed_estimate(value: Sequence[float] | None, digits: int = 2) -> str:
+    """A mean with its 95% interval, `+0.31 [0.16, 0.49]`; nothing for none."""
+    if value is None:
+        return ""
+    return f"{signed(value[0], digits)} [{number(value[1], digits)}, {number(value[2], digits)}]"
+
+
+def signed_share(value: Sequence[float] | None) -> str:
+    """A share with its 95% interval in whole per cent, `−4% [−6, −2]`; nothing for none."""
+    if value is None:
+        return ""
+    mean_, low, high = (percent(part, 0).removesuffix("%") for part in value)
+    return f"{mean_}% [{low}, {high}]"
+
+
 def includes(bounds: Sequence[float], point: float) -> bool:
     """Whether an interval holds `point`. One with an unknown bound excludes nothing, so it does."""
     if not all(math.isfinite(bound) for bound in bounds):

@@ -17,7 +17,7 @@ class LabConfig(Strict):
 
     Attributes:
         model: a model directory, a GGUF file, a hub id, or `organism[:<checkpoint>]`.
-        dictionary: a dictionary directory, `directions`, or None for the model's own default.
+        dictionary: what `source_choice` reads, or None for the model's own default.
         data: a shipped set's name or a file.
         items: how many items to use (a seeded sample); None is all.
         seed: seeds every draw.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qklens.analyses.contrasts import QUERY_ROLES, Role, contrast
+from qklens.analyses.contrasts import QUERY_ROLES, Role, Side, contrast
 from qklens.analyses.statistics import item_means
 from qklens.interventions.direction import Direction, at_equal_norm, feature_direction, random_direction
 from qklens.studies.lab import Lab
@@ -40,7 +40,7 @@ def find_controls(
     readings = lab.activation_readings("discovery", layer)
     effect = item_means(contrast(readings, role)).mean(dim=0).abs()
     span = "answer" if role in QUERY_ROLES else "correct"
-    size = readings.mean("harm", span).abs().mean(dim=0)
+    size = readings.mean(Side("harm", (span,))).abs().mean(dim=0)
     usable = [
         f
         for f in range(len(source.labels))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.analyses.contrasts import ROLES, Readings, contrast_directions
+from qklens.analyses.contrasts import Readings, contrast_directions
 from qklens.analyses.lens import HeadLens, head_lens
 from qklens.analyses.readings import AttentionReading, read_attention, read_streams
 from qklens.analyses.written import WrittenPrompt, write_prompts
@@ -27,7 +27,7 @@ from qklens.data.render import (
     render_open,
 )
 from qklens.data.sameness import same_form
-from qklens.dictionaries.directions import Directions
+from qklens.dictionaries.directions import Directions, joined
 from qklens.dictionaries.source import FeatureSource
 from qklens.errors import QklensError
 from qklens.interventions.engine import Workset
@@ -169,18 +169,18 @@ class Lab:
             refusal=last("open_harm") - last("open_benign"),
         )
 
-    def fit_directions(self) -> Directions:
+    def fit_directions(self, *, whitened: bool = False) -> Directions:
         """The four contrast directions at every layer, from the discovery half; a few layers in memory at a time."""
-        vectors, means = {}, {}
+        fitted: list[Directions] = []
         for layers in self.few_at_once(range(self.subject.n_layers)):
             for condition in (*CONDITIONS, *get_args(Open)):
                 self.streams(condition, "discovery", layers)
-            fitted = contrast_directions(layers, lambda layer: self.residual_readings("discovery", layer))
-            vectors.update(fitted.vectors)
-            means.update(fitted.means)
+            fitted.append(
+                contrast_directions(layers, lambda layer: self.residual_readings("discovery", layer), whitened=whitened)
+            )
             if len(layers) < self.subject.n_layers:
                 self.drop_streams()
-        return Directions(tuple(ROLES), vectors, means)
+        return joined(fitted)
 
     def mean_turn(self, layer: int, half: Half = "report") -> Rotation:
         """A layer's mean rotation over the offsets from the answer to the correct option that the data really has."""

@@ -37,12 +37,17 @@ class NeutralText(Strict):
     unknown: float
 
 
+def neutral_file() -> Path:
+    """The neutral text that ships."""
+    return Path(str(files("qklens"))) / "data" / "shipped" / "neutral.txt"
+
+
 def neutral_prompts(subject: Subject) -> tuple[list[Prompt], NeutralText]:
     """Windows of the shipped text; each is cut somewhere in its second half, so that few of them end with a paragraph.
 
     The span `answer` is the last token and `before` all others. No letters are asked for: `letter_ids` name any two.
     """
-    path = Path(str(files("qklens"))) / "data" / "shipped" / "neutral.txt"
+    path = neutral_file()
     prompts, unknown = [], 0.0
     for number, window in enumerate(text_windows(subject, path, WINDOW, MOST_WINDOWS)):
         half = len(window.tokens) // 2

@@ -9,16 +9,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qklens.analyses.fidelity import measure_fidelity, stream_rows
 from qklens.data.items import Dataset, load_dataset
-from qklens.dictionaries.crosscoder import Crosscoder, Fidelity, load_crosscoder
+from qklens.dictionaries.config import Fidelity
+from qklens.dictionaries.crosscoder import Crosscoder
+from qklens.dictionaries.formats.detect import load_dictionary
+from qklens.dictionaries.random_control import random_control
 from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
 from qklens.studies.config import LabConfig
-from qklens.studies.dictionary_fit import check_belongs, measure
+from qklens.studies.dictionary_fit import (
+    check_belongs,
+    fixed_prompts,
+    measure,
+    recorded_batch,
+    refuse_deviations,
+)
 from qklens.studies.lab import MIN_ITEMS, Lab
 from qklens.studies.letters import choose_letter_form
-from qklens.studies.resources import dictionary_folder, model_folder
+from qklens.studies.resources import SourceChoice, model_folder, source_choice
 
 _NARROW = 512
 
@@ -37,26 +47,51 @@ def open_lab(config: LabConfig) -> Lab:
 
 
 def load_source(lab: Lab, folder: Path | None) -> tuple[Crosscoder | None, Fidelity | None]:
-    """The dictionary in a folder, checked against the model and measured on the lab's prompts; nothing for none.
+    """The dictionary in a folder, of any format that is read directly; nothing for none.
+
+    It is checked against the model, measured again on its recorded batch where it has one (L0 and variance unexplained,
+    one pass), and measured on the lab's prompts.
 
     Raises:
-        QklensError: a damaged dictionary, or one of another model, layer or site.
+        QklensError: a damaged dictionary, one of another model, layer or site, or one that is not what it was.
     """
     if folder is None:
         return None, None
-    source = load_crosscoder(folder, lab.subject.device)
+    source = load_dictionary(folder, lab.subject.device)
     check_belongs(source.config, lab.subject, folder)
     with threads_for(lab.subject):
+        batch = recorded_batch(lab.subject, source, folder)
+        if batch is not None:
+            again = measure_fidelity(lab.subject, source, batch, losses=False)
+            refuse_deviations(again, source, folder)
         return source, measure(lab, source, folder)
 
 
 def ready_lab(config: LabConfig) -> Lab:
-    """A lab with its source: the configuration's dictionary, or the contrast directions of its items."""
-    folder = dictionary_folder(config)
+    """A lab with its source: the configuration's dictionary, the contrast directions of its items, or a control."""
+    choice = source_choice(config)
     lab = open_lab(config)
-    source, _ = load_source(lab, folder)
-    lab.source = source or lab.fit_directions()
+    use_source(lab, choice, *load_source(lab, choice.folder))
     return lab
+
+
+def use_source(lab: Lab, choice: SourceChoice, loaded: Crosscoder | None, fidelity: Fidelity | None) -> Fidelity | None:
+    """Give a lab its source, and say how well it writes the lab's prompts, if it is no set of directions.
+
+    Args:
+        lab: the bench.
+        choice: which source.
+        loaded: its dictionary, from `load_source`.
+        fidelity: the same dictionary's.
+    """
+    lab.source = loaded or lab.fit_directions(whitened=choice.whitened)
+    if choice.law is None:
+        return fidelity
+    with threads_for(lab.subject):
+        tokens = fixed_prompts(lab)
+        rows = stream_rows(lab.subject, tokens, lab.source.layers)
+        lab.source = random_control(lab.source, rows, seed=lab.seed, law=choice.law)
+        return measure_fidelity(lab.subject, lab.source, tokens) if loaded else None
 
 
 @contextmanager

@@ -6,13 +6,35 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from qklens.errors import QklensError
+from qklens.dictionaries.random_control import RandomLaw
+from qklens.errors import QklensError, nearest
 from qklens.files import read_json
 from qklens.models.locate import locate_model
 from qklens.studies.config import SHIPPED_ORGANISM, LabConfig, StudyConfig
 
-DIRECTIONS = "directions"
+DIRECTIONS, WHITENED = "directions", "directions:whitened"
 ORGANISM_FOLDER = "shipped/organism"
+_CONTROLS: dict[str, RandomLaw] = {"random:": "isotropic", "random-covariance:": "covariance"}
+
+
+@dataclass(frozen=True)
+class SourceChoice:
+    """Which source of features was asked for.
+
+    Attributes:
+        folder: a dictionary directory, or None for contrast directions.
+        whitened: whether the directions are whitened.
+        law: how directions are drawn of its frozen-random control, or None for the source itself.
+    """
+
+    folder: Path | None
+    whitened: bool = False
+    law: RandomLaw | None = None
+
+    def identity(self, sha256: str | None) -> str | None:
+        """What a manifest compares: the dictionary's hash or the directions' kind, and the control's law."""
+        of = sha256 if self.folder else WHITENED if self.whitened else DIRECTIONS
+        return of if self.law is None else f"random-{self.law}:{of}"
 
 
 @dataclass(frozen=True)
@@ -22,12 +44,12 @@ class Resources:
     Attributes:
         model: the model under study.
         checkpoints: (name, directory) in the order of training, without the model itself.
-        dictionary: a dictionary directory, or None for contrast directions.
+        source: the source of features.
     """
 
     model: Path
     checkpoints: tuple[tuple[str, Path], ...]
-    dictionary: Path | None
+    source: SourceChoice
 
 
 def organism_folder() -> Path:
@@ -55,7 +77,7 @@ def resolve(config: StudyConfig) -> Resources:
         between = lineage["between"] if config.model == SHIPPED_ORGANISM else []
         names = (lineage["base"], *between) if model.name != lineage["base"] else ()
         checkpoints = [(name, organism_folder() / name) for name in names]
-    return Resources(model, tuple(checkpoints), dictionary_folder(config))
+    return Resources(model, tuple(checkpoints), source_choice(config))
 
 
 def model_folder(name: str) -> Path:
@@ -71,17 +93,31 @@ def model_folder(name: str) -> Path:
     return locate_model(name)
 
 
-def dictionary_folder(config: LabConfig) -> Path | None:
-    """The directory of a configuration's dictionary; None for contrast directions.
+def source_choice(config: LabConfig) -> SourceChoice:
+    """What `--dictionary` names.
+
+        [random:|random-covariance:](a dictionary directory | organism | directions | directions:whitened)
+
+    Nothing is the model's own dictionary where one ships, else contrast directions.
 
     Raises:
         QklensError: no such directory.
     """
-    if config.dictionary == DIRECTIONS:
-        return None
-    if config.dictionary is not None:
-        folder = Path(config.dictionary).expanduser()
-        if not folder.is_dir():
-            raise QklensError(f"--dictionary {config.dictionary}: no such directory; expected one, or {DIRECTIONS!r}")
-        return folder
-    return organism_folder() / "dictionary" if config.model == SHIPPED_ORGANISM else None
+    name, law = config.dictionary, None
+    for prefix, its_law in _CONTROLS.items():
+        if name is not None and name.startswith(prefix):
+            name, law = name.removeprefix(prefix), its_law
+            break
+    shipped = organism_folder() / "dictionary"
+    if name is None:
+        return SourceChoice(shipped if config.model == SHIPPED_ORGANISM else None)
+    if name in (DIRECTIONS, WHITENED):
+        return SourceChoice(None, name == WHITENED, law)
+    folder = shipped if name == SHIPPED_ORGANISM else Path(name).expanduser()
+    if not folder.is_dir():
+        known = [*_CONTROLS, DIRECTIONS, WHITENED, SHIPPED_ORGANISM]
+        raise QklensError(
+            f"--dictionary {config.dictionary}: no such directory; expected one, {DIRECTIONS!r} or {WHITENED!r}, each "
+            f"with 'random:' or 'random-covariance:' before it for its control{nearest(config.dictionary or '', known)}"
+        )
+    return SourceChoice(folder, False, law)

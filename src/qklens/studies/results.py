@@ -11,12 +11,19 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from qklens.analyses.feature_card import CardText, FeatureCard
 from qklens.analyses.weighting import Kind
 from qklens.strict import Strict
-
-Condition = Literal["none", "harm", "benign"]
-Interval = tuple[float, float]
-HeadIndex = tuple[int, int]
+from qklens.studies.result_types import Condition, HeadIndex, Interval
+from qklens.studies.results_around import (
+    ErrorEffect,
+    ErrorTerms,
+    Milestone,
+    Origin,
+    Partner,
+    PushedAway,
+    Transfer,
+)
 
 
 class ConditionBehaviour(Strict):
@@ -207,17 +214,6 @@ class Steering(Strict):
     )
 
 
-class ErrorTerms(Strict):
-    """How much of refuse-and-redirect's effect on one head's score runs through the dictionary's error."""
-
-    layer: int
-    head: int
-    condition: Condition
-    through: dict[str, float] = Field(description="key side: features, bias, error; sums to the total")
-    ci: dict[str, Interval]
-    total: float
-
-
 class Completeness(Strict):
     """Sum of all pair terms against the model's own score, over all heads."""
 
@@ -227,48 +223,6 @@ class Completeness(Strict):
     )
     max_relative_error_by_head: list[list[float]] = Field(description="[layer][head]")
     n_scores: int
-
-
-class Partner(Strict):
-    """A key feature ranked by its virtual interaction with refuse-and-redirect at the selected heads."""
-
-    feature: str
-    value: float
-    z: float
-    rank: int = Field(description="1 is the most negative; negative ranks count from the positive end")
-    role: str | None
-    top_tokens: list[str] = Field(description="tokens on which it is most active in the study's prompts")
-    activation: dict[str, float] = Field(description="mean activation on the intent tokens of each set")
-
-
-class Transfer(Strict):
-    """The same circuit on another set of withholding."""
-
-    set: str
-    condition: Condition
-    accuracy: float
-    ci: Interval
-    margin: float
-    margin_ci: Interval
-    n: int
-    attention_difference: float = Field(description="mean over the selected heads")
-    refuse_activation: float
-    steered_accuracy: float | None
-    steered_margin: float | None
-
-
-class Origin(Strict):
-    """One checkpoint between base and post-trained."""
-
-    checkpoint: str
-    step: int = Field(description="position in the order of training, base is 0")
-    accuracy: dict[Condition, float]
-    ci: dict[Condition, Interval]
-    margin: dict[Condition, float]
-    attention_difference: dict[Condition, float] = Field(description="mean over the selected heads")
-    refuse_contrast: float = Field(description="harm - benign activation of refuse-and-redirect at the answer")
-    refuse_harm_interaction: float = Field(description="virtual, mean over selected heads, this checkpoint's weights")
-    refuse_harm_z: float
 
 
 class Evidence(Strict):
@@ -330,14 +284,19 @@ class Results(Strict):
     roles: list[RoleCandidate]
     interactions: list[InteractionRow]
     interaction_shares: list[InteractionShare]
+    cards: list[FeatureCard] = Field(default_factory=list, description="of the roles' features; prompts: report half")
+    card_text: CardText | None = Field(default=None, description="the text that the cards were read on")
     zscores: list[ZScore]
     null_histograms: list[NullHistogram]
     steering: list[Steering]
     error_terms: list[ErrorTerms]
+    error_effects: list[ErrorEffect] = Field(default_factory=list)
     completeness: Completeness | None
     partners: list[Partner]
     transfer: list[Transfer]
+    pushed_away: list[PushedAway] = Field(default_factory=list)
     origin: list[Origin]
+    milestones: list[Milestone] = Field(default_factory=list)
     skipped: dict[str, str] = Field(description="stage -> why it did not run")
     seconds: dict[str, float] = Field(description="wall time by stage")
     verdict: Verdict

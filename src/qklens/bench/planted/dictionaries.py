@@ -17,7 +17,9 @@ from qklens.bench.planted.blueprint import CONSTANT, CONSTANT_AMOUNT, NAMES
 from qklens.bench.planted.folder import Planted
 from qklens.bench.planted.words import planted_items
 from qklens.data.render import CONDITIONS, LetterForm, render
-from qklens.dictionaries.crosscoder import CONFIG_FILE, Crosscoder, CrosscoderConfig, save_crosscoder
+from qklens.dictionaries.activation import Threshold
+from qklens.dictionaries.config import CONFIG_FILE, FORMAT, DictionaryConfig
+from qklens.dictionaries.crosscoder import Crosscoder, save_crosscoder
 from qklens.models.subject import Subject
 
 DictionaryKind = Literal["planted", "missing"]
@@ -53,14 +55,13 @@ def write_dictionary(planted: Planted, subject: Subject, kind: DictionaryKind, f
         decoder[layer] = torch.zeros(n * len(layers), subject.d_model)
         decoder[layer][place * n : (place + 1) * n] = decoder_rows
     biases = _biases(planted, subject, dual)
-    config = CrosscoderConfig(
-        format="qklens-crosscoder-1",
+    config = DictionaryConfig(
+        format=FORMAT,
         name=f"{kind} directions",
         layers=layers,
         features_per_layer=n,
         d_model=subject.d_model,
-        activation="threshold",
-        threshold=_LEAST,
+        activation=Threshold(threshold=_LEAST),
         site="resid_pre",
         model_sha256=subject.sha256 or "",
         training={"features": [list(FEATURES[i]) for i in kept]},

@@ -110,8 +110,8 @@ def _empty(plan: Blueprint, architecture: Architecture) -> PreTrainedModel:
             "head_dim": _D_HEAD[architecture], "max_position_embeddings": CONTEXT,
             "rope_parameters": {"rope_type": "default", "rope_theta": _THETA},
         }  # fmt: skip
-        make = (Qwen3ForCausalLM, Qwen3Config) if architecture == "qwen3" else (LlamaForCausalLM, LlamaConfig)
-        model = make[0](make[1](**common))
+        qwen3 = architecture == "qwen3"
+        model = Qwen3ForCausalLM(Qwen3Config(**common)) if qwen3 else LlamaForCausalLM(LlamaConfig(**common))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             norm = any(part in name for part in ("norm", "ln_1", "ln_2", "ln_f")) and not name.endswith("bias")

@@ -14,6 +14,7 @@ from altair.utils.schemapi import debug_mode
 from qklens.files import atomic_write
 from qklens.report.figures.behaviour import behaviour
 from qklens.report.figures.belief import belief
+from qklens.report.figures.cards import cards
 from qklens.report.figures.error_terms import error_terms
 from qklens.report.figures.heads import heads
 from qklens.report.figures.interactions import interactions
@@ -33,6 +34,7 @@ FIGURES: Mapping[str, Callable[[Results], Drawing | None]] = MappingProxyType(
         "belief": belief,
         "heads": heads,
         "interactions": interactions,
+        "cards": cards,
         "zscores": zscores,
         "steer_all": steer_all,
         "steer_query": steer_query,

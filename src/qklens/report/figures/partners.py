@@ -8,7 +8,8 @@ from qklens.report.figures import ledger, style
 from qklens.report.figures.ledger import Column
 from qklens.report.figures.style import Drawing
 from qklens.report.text import finite, role_words, shorten, source_words, tick, z_value
-from qklens.studies.results import Partner, Results
+from qklens.studies.results import Results
+from qklens.studies.results_around import Partner
 
 _ENDS = 15
 _TOKENS_WIDE = 36

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import altair as alt
 
@@ -14,6 +15,7 @@ from qklens.studies.results import NullHistogram, Results, ZScore
 
 _BIN = 0.25
 _PANEL = 235
+_LABEL: dict[str, Any] = {"dy": -12, "fontWeight": "bold", "fontSize": 10.5}
 NULL_ORDER = ("random_pairs", "matched", "fixed_query", "fixed_key", "rotated", "random_dictionary")
 
 
@@ -32,7 +34,6 @@ def zscores(results: Results) -> Drawing | None:
     names = list(dict.fromkeys(pair_words(row.query_role, row.key_role) for row in rows))
     names.sort(key=lambda name: mean(r.z for r in rows if pair_words(r.query_role, r.key_role) == name))
     low, high = style.padded(min(-3.2, *(r.z for r in rows)), max(3.2, *(r.z for r in rows)))
-    shown = nulls_shown(results)[:4]
     panels = [
         _panel(
             [r for r in rows if r.null == null],
@@ -42,7 +43,7 @@ def zscores(results: Results) -> Drawing | None:
             (low, high),
             labelled=index % 2 == 0,
         )
-        for index, null in enumerate(shown)
+        for index, null in enumerate(nulls_shown(results))
         if any(r.null == null for r in rows)
     ]
     pairs = [alt.hconcat(*panels[i : i + 2], spacing=20) for i in range(0, len(panels), 2)]
@@ -93,7 +94,12 @@ def _panel(
     )
     band = style.chart([{"a": -2, "b": 2}]).mark_rect(color=style.GRID, opacity=0.55).encode(x=alt.X("a:Q"), x2="b:Q")
     color = alt.Color("color:N", scale=None)
-    drop = style.chart(means).mark_rule(strokeWidth=1.2).encode(x=x, y=y, y2=alt.value(26 * len(names)), color=color)
+    drop = (
+        style.chart(means)
+        .mark_rule(strokeWidth=1.2, opacity=0.45)
+        .encode(x=x, y=y, y2=alt.value(26 * len(names)), color=color)
+    )
+    labels = style.chart(means).encode(x=x, y=y, text="label:N")
     strip = (
         alt.layer(
             band,
@@ -101,9 +107,8 @@ def _panel(
             drop,
             style.chart(points).mark_point(filled=True, size=34, opacity=0.55).encode(x=x, y=y, color=color),
             style.chart(means).mark_tick(thickness=2.5, height=13).encode(x=x, y=y, color=color),
-            style.chart(means)
-            .mark_text(dy=-12, fontWeight="bold", fontSize=10.5)
-            .encode(x=x, y=y, text="label:N", color=color),
+            labels.mark_text(**_LABEL, stroke=style.PAPER, strokeWidth=3.5),  # a lane through the lines of other pairs
+            labels.mark_text(**_LABEL).encode(color=color),
         )
     ).properties(width=_PANEL, height=26 * len(names))
     total = sum(h.n for h in histograms)

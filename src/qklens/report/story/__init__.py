@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from qklens.report.story import attention, beyond, closing, know, steering
+from qklens.report.story import attention, cards, closing, know, steering
+from qklens.report.story.error_terms import error_terms
 from qklens.report.story.headline import MECHANISM_WORDS, KeyNumber, caveats, headline, key_numbers
+from qklens.report.story.origin import origin
+from qklens.report.story.partners import partners
 from qklens.report.story.parts import Section, Table
+from qklens.report.story.transfer import transfer
 from qklens.studies.results import Results
 
 
@@ -15,14 +19,15 @@ def sections(results: Results) -> tuple[Section, ...]:
         know.belief(results),
         attention.heads(results),
         attention.interactions(results),
+        cards.cards(results),
         attention.zscores(results),
         steering.section(results, "steer_all"),
         steering.section(results, "steer_query"),
         steering.section(results, "steer_key"),
-        beyond.error_terms(results),
-        beyond.partners(results),
-        beyond.transfer(results),
-        beyond.origin(results),
+        error_terms(results),
+        partners(results),
+        transfer(results),
+        origin(results),
         closing.verdict(results),
     )
 

@@ -18,6 +18,41 @@ class Table:
 
 
 @dataclass(frozen=True)
+class MarkedToken:
+    """A token of an example: white space around it, itself, and how strongly it is marked, 0 not at all to 4."""
+
+    before: str
+    word: str
+    after: str
+    shade: int
+
+
+@dataclass(frozen=True)
+class MarkedExample:
+    """A stretch of text with the tokens on which a feature is active."""
+
+    strength: str
+    where: str
+    tokens: tuple[MarkedToken, ...]
+
+
+@dataclass(frozen=True)
+class CardPart:
+    """Some examples of one feature under a title."""
+
+    title: str
+    examples: tuple[MarkedExample, ...]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A feature's examples, part by part."""
+
+    title: str
+    parts: tuple[CardPart, ...]
+
+
+@dataclass(frozen=True)
 class Section:
     """One stage: the question, what was measured in words, and what the figure's terms mean."""
 
@@ -27,6 +62,7 @@ class Section:
     paragraphs: tuple[str, ...]
     caption: str = ""
     tables: tuple[Table, ...] = field(default=())
+    cards: tuple[Card, ...] = field(default=())
     ran: bool = True
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from qklens.analyses.contrasts import QUERY_ROLES, Role
-from qklens.analyses.partners import rank_partners
+from qklens.analyses.partners import Ranked, rank_partners
 from qklens.data.render import Condition
 from qklens.dictionaries.source import feature_index
-from qklens.dictionaries.unit import UnitDirections, unit_directions
+from qklens.dictionaries.unit import unit_directions
 from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps, virtual_reader
 from qklens.studies.harm_pressure.transfer import SETS, transfer_lab
 from qklens.studies.journal import StageOutput
 from qklens.studies.lab import Lab
 from qklens.studies.populations import populations
-from qklens.studies.results import Partner
+from qklens.studies.results_around import Partner
 from qklens.studies.roles import top_tokens
 
 TOP = 15
@@ -50,38 +49,32 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str], items: int | No
     living = torch.stack([alive[layer] for layer in layers]).any(dim=0)
     ranked = rank_partners([[units[m].where(living) for m in layers]], [readers[m] for m in layers], TOP)
     index = living.nonzero()[:, 0]
-    lowest, highest = ([int(index[f]) for f in end.index[-1] if f >= 0] for end in (ranked.lowest, ranked.highest))
-    ends = [(f, i + 1) for i, f in enumerate(lowest)]
-    ends += [(f, -(i + 1)) for i, f in enumerate(highest) if f not in lowest]
-    value, z = _mean_over_heads(units, readers, alive, [f for f, _ in ends])
+    ends = [(*one, rank + 1) for rank, one in enumerate(_last(ranked.lowest))]
+    taken = {place for place, *_ in ends}
+    ends += [(*one, -(rank + 1)) for rank, one in enumerate(_last(ranked.highest)) if one[0] not in taken]
+    mean, sd = float(ranked.mean[-1]), max(float(ranked.sd[-1]), 1e-12)
     role_of = {feature_index(lab.source, label): role for role, label in roles.items() if role not in QUERY_ROLES}
     where = _activation_by_set(lab, layers[0], items)
     partners = [
         Partner(
             feature=lab.source.labels[f],
-            value=float(value[i]),
-            z=float(z[i]),
+            value=value,
+            z=(value - mean) / sd,
             rank=rank,
             role=role_of.get(f),
             top_tokens=top_tokens(lab, layers[0], f),
             activation={name: float(values[f]) for name, values in where.items()},
         )
-        for i, (f, rank) in enumerate(ends)
+        for place, value, rank in ends
+        for f in [int(index[place])]
     ]
     return StageOutput(results={"partners": [p.model_dump() for p in partners]})
 
 
-def _mean_over_heads(
-    units: dict[int, UnitDirections], readers: dict[int, Tensor], alive: dict[int, Tensor], features: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Some features' interaction, and its z against the features alive at a head's layer, both as means over heads."""
-    values, scores = [], []
-    for layer, reader in readers.items():
-        value = units[layer].rows[features].to(reader) @ reader.T
-        null = rank_partners([[units[layer].where(alive[layer])]], [reader], k=1)
-        values.append(value)
-        scores.append((value - null.mean[:-1]) / null.sd[:-1].clamp(min=1e-12))
-    return torch.cat(values, dim=1).mean(dim=1), torch.cat(scores, dim=1).mean(dim=1)
+def _last(end: Ranked) -> list[tuple[int, float]]:
+    """Features and values at one end of the last column, the mean over heads."""
+    pairs = zip(end.index[-1].tolist(), end.value[-1].tolist(), strict=True)
+    return [(place, value) for place, value in pairs if place >= 0]
 
 
 def _activation_by_set(lab: Lab, layer: int, items: int | None) -> dict[str, torch.Tensor]:

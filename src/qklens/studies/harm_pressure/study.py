@@ -12,7 +12,7 @@ from typing import Any
 
 from qklens.analyses.contrasts import ROLES
 from qklens.data.items import SHIPPED, load_dataset
-from qklens.dictionaries.crosscoder import Fidelity
+from qklens.dictionaries.config import Fidelity
 from qklens.dictionaries.directions import Directions
 from qklens.dictionaries.source import feature_index
 from qklens.files import sha256_files, write_json
@@ -24,6 +24,7 @@ from qklens.studies.config import StudyConfig
 from qklens.studies.harm_pressure import (
     behaviour,
     belief,
+    cards,
     causes,
     certainty,
     error_terms,
@@ -38,7 +39,7 @@ from qklens.studies.harm_pressure import (
 )
 from qklens.studies.journal import Journal, StageOutput, check_folder
 from qklens.studies.lab import Lab
-from qklens.studies.opening import load_source, open_lab, threads_for
+from qklens.studies.opening import load_source, open_lab, threads_for, use_source
 from qklens.studies.progress import StageProgress
 from qklens.studies.resources import Resources, resolve
 from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, HeadsDetails, Results
@@ -129,11 +130,15 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "interactions", lambda r: interactions.run(r.lab, r.heads, r.done["belief"].state["feature"], r.config.roles)
     ),
+    Stage("cards", lambda r: cards.run(r.lab, r.done["interactions"].state["layer"], r.roles)),
     Stage("zscores", lambda r: zscores.run(r.lab, r.pair_heads, r.roles)),
     Stage("steer_all", lambda r: steering.steer_all(r.lab, r.pair_heads, r.roles), needs_solved=True),
     Stage("steer_query", lambda r: steering.steer_query(r.lab, r.pair_heads, r.roles), needs_solved=True),
     Stage("steer_key", lambda r: steering.steer_key(r.lab, r.pair_heads, r.roles), needs_solved=True),
-    Stage("error_terms", lambda r: error_terms.run(r.lab, r.pair_heads, r.roles)),
+    Stage(
+        "error_terms",
+        lambda r: error_terms.run(r.lab, r.pair_heads, r.roles, r.done["steer_query"].state.get("strength")),
+    ),
     Stage("partners", lambda r: partners.run(r.lab, r.pair_heads, r.roles, r.config.items), needs_solved=True),
     Stage(
         "transfer",
@@ -163,14 +168,15 @@ def run_study(
     resources = resolve(config)
     lab = open_lab(config)
     subject = lab.subject
-    source, fidelity = load_source(lab, resources.dictionary)
+    source, fidelity = load_source(lab, resources.source.folder)
     known_roles(source or Directions(tuple(ROLES), {}, {}), config.roles)
     files = {name: inspect_model(path).files for name, path in resources.checkpoints}
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
     hashes[subject.name] = sha256_files(list(inspect_model(resources.model).files))
-    journal = Journal(config.out, _manifest(config, lab, source.sha256 if source else "directions", hashes, command))
+    identity = resources.source.identity(source.sha256 if source else None)
+    journal = Journal(config.out, _manifest(config, lab, identity, hashes, command))
     kept = {stage.name: journal.load(stage.name) for stage in STAGES}
-    lab.source = source or lab.fit_directions()
+    fidelity = use_source(lab, resources.source, source, fidelity)
     run = _Run(config, resources, lab, fidelity, {})
     progress = StageProgress(len(STAGES), quiet=quiet)
     with threads_for(subject), progress.running():

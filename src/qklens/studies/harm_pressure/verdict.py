@@ -191,6 +191,7 @@ def _undetermined(m: Measurements) -> Verdict:
     if c is not None:
         evidence = [
             _evidence("share of the loss through the heads' patterns", c.pattern.through, "at least", t["carries"]),
+            _evidence("margin restored by the clean pattern alone", c.pattern.restored, "at least", t["carries"]),
             _evidence("share through everything but their outputs", 1 - c.output.through, "at least", t["carries"]),
             *_belief_evidence(c),
             _evidence("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),

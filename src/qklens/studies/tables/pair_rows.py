@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,8 @@ from qklens.analyses.interactions import Side
 from qklens.interventions.steer import Head
 from qklens.strict import Strict
 from qklens.studies.results import RoleCandidate
+
+Listing = Literal["all", "features", "roles"]
 
 
 class Test(Strict):
@@ -30,6 +32,10 @@ class Test(Strict):
 class Pair(Strict):
     """One pair of sources."""
 
+    listed: Listing = Field(
+        description="why it is here: at an end of the ranking of all pairs, at an end of pairs of features alone, or "
+        "as a pair of roles; the first that holds"
+    )
     query: str
     key: str
     query_role: str | None
@@ -55,6 +61,17 @@ class PairReading(Strict):
     head: int
     reading: str
     score: float = Field(description="the mean weighted score; all pairs sum to it")
+    logsumexp: float | None = Field(
+        description="what the weighted score is the linear part of, mean over prompts: the span's logsumexp "
+        "(realised), the correct option's less the incorrect one's, which is the log ratio of attention on them "
+        "(contrastive), log attention on the span (share); of a difference, its change; null where no "
+        "prompt shows the head its spans"
+    )
+    logsumexp_ci: tuple[float, float] | None = Field(description="95% bootstrap over items")
+    hidden: int = Field(
+        description="prompts in which the head sees no token of a span (a sliding window): their terms are zero in the "
+        "means, and `logsumexp` leaves out their items"
+    )
     by_kind: dict[str, float] = Field(description="sums by kind of source, query side first; they sum to the score")
     absolute_by_kind: dict[str, float] = Field(description="shares of the sum of |term|; they sum to 1")
     error_share: float = Field(description="share of the sum of |term| with an error on either side")

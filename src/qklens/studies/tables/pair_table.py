@@ -6,16 +6,19 @@ virtual interaction stands against null distributions beside them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, get_args
 
+import numpy as np
+
 from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role
 from qklens.analyses.interactions import PairTerms, Side, mean_terms, refuse_silence
 from qklens.analyses.lens import ERROR, HeadLens
 from qklens.analyses.nulls import MIN_PAIRS, NULLS, NullName, NullTest, feature_pairs, null_tests, seed_for
-from qklens.analyses.statistics import Array, benjamini_hochberg, bootstrap_means, item_means
+from qklens.analyses.statistics import Array, benjamini_hochberg, bootstrap_mean, bootstrap_means, item_means
 from qklens.analyses.weighting import REALISED, Weighting
 from qklens.data.render import CONDITIONS
 from qklens.errors import NoSpreadError, QklensError, nearest
@@ -26,7 +29,7 @@ from qklens.studies.lab import HALVES, Half, Lab
 from qklens.studies.populations import populations
 from qklens.studies.progress import Tick, silent
 from qklens.studies.roles import find_roles, known_roles
-from qklens.studies.tables.pair_rows import Marginal, Pair, PairReading, PairTable, Test
+from qklens.studies.tables.pair_rows import Listing, Marginal, Pair, PairReading, PairTable, Test
 
 READINGS: tuple[str, ...] = ("none", "harm", "benign", "harm-none", "harm-benign")
 CLAIM_NULLS: tuple[NullName, ...] = ("random_pairs", "matched")
@@ -122,7 +125,7 @@ def pair_table(
         weighting=request.weighting.describe(),
         heads=list(heads),
         roles=candidates,
-        readings=[_reading(one, roles.chosen, tested, virtual, request.top) for one in listed],
+        readings=[_reading(one, roles.chosen, tested, virtual, request.top, lab.seed) for one in listed],
     )
 
 
@@ -130,13 +133,16 @@ def pair_table(
 class _Listed:
     """The pairs of one head in one reading: indices, and their values on both halves.
 
-    `named` are those of roles, `searched` is how many pairs of features the others were chosen from.
+    `logsumexp` is by item, NaN where a span is hidden; `named` are the pairs of roles, `searched` is how many pairs of
+    features the others were chosen from.
     """
 
     head: Head
     reading: str
     report: PairTerms
+    logsumexp: Array
     pairs: list[tuple[int, int]]
+    listing: list[Listing]
     named: list[tuple[int, int]]
     searched: int
     chosen: Array
@@ -163,9 +169,17 @@ def _list_pairs(lab: Lab, lens: HeadLens, request: PairRequest, roles: dict[Role
         halves = {
             half: terms[first, half].minus(terms[rest[0], half]) if rest else terms[first, half] for half in HALVES
         }
-        both = (halves["discovery"].top(request.top, features_only=only) for only in (False, True))
-        ranked = [(index[q], index[k]) for end in both for q, k, _ in end]
-        pairs = list(dict.fromkeys([*ranked, *named]))
+        kinds: tuple[tuple[Listing, bool], ...] = (("all", False), ("features", True))
+        ends: dict[Listing, list[tuple[int, int]]] = {
+            kind: [(index[q], index[k]) for q, k, _ in halves["discovery"].top(request.top, features_only=only)]
+            for kind, only in kinds
+        }
+        ends["roles"] = named
+        listing: dict[tuple[int, int], Listing] = {}
+        for kind, some in ends.items():
+            for pair in some:
+                listing.setdefault(pair, kind)
+        pairs = list(listing)
         by_half = {
             half: _by_item(terms[first, half], pairs) - (_by_item(terms[rest[0], half], pairs) if rest else 0.0)
             for half in HALVES
@@ -176,7 +190,9 @@ def _list_pairs(lab: Lab, lens: HeadLens, request: PairRequest, roles: dict[Role
                 (lens.layer, lens.head),
                 reading,
                 halves["report"],
+                _logsumexp(terms[first, "report"]) - (_logsumexp(terms[rest[0], "report"]) if rest else 0.0),
                 pairs,
+                list(listing.values()),
                 named,
                 halves["discovery"].searched(),
                 by_half["discovery"].mean(axis=0),
@@ -190,6 +206,10 @@ def _list_pairs(lab: Lab, lens: HeadLens, request: PairRequest, roles: dict[Role
 
 def _by_item(terms: PairTerms, pairs: Sequence[tuple[int, int]]) -> Array:
     return item_means(terms.by_prompt(pairs).double().numpy())
+
+
+def _logsumexp(terms: PairTerms) -> Array:
+    return item_means(np.array([math.nan if value is None else value for value in terms.logsumexp]))
 
 
 def _test_pairs(
@@ -243,8 +263,9 @@ def _reading(
     tested: dict[tuple[Head, int, int], list[Test]],
     virtual: dict[tuple[Head, int, int], float],
     top: int,
+    seed: int,
 ) -> PairReading:
-    names = one.report.names
+    names, seen = one.report.names, one.logsumexp[~np.isnan(one.logsumexp)]
     role_of: dict[Side, dict[int, str]] = {
         "query": {f: role for role, f in roles.items() if role in QUERY_ROLES},
         "key": {f: role for role, f in roles.items() if role not in QUERY_ROLES},
@@ -255,12 +276,16 @@ def _reading(
         head=one.head[1],
         reading=one.reading,
         score=one.report.total,
+        logsumexp=float(seen.mean()) if len(seen) else None,
+        logsumexp_ci=bootstrap_mean(seen, seed) if len(seen) else None,
+        hidden=one.report.logsumexp.count(None),
         by_kind=one.report.shares(),
         absolute_by_kind=shares,
         error_share=sum(share for name, share in shares.items() if ERROR in name),
         marginals={side: _marginals(one.report, side, top) for side in get_args(Side)},
         pairs=[
             Pair(
+                listed=one.listing[i],
                 query=names[q],
                 key=names[k],
                 query_role=role_of["query"].get(q),

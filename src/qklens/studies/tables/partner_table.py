@@ -1,15 +1,14 @@
 """Who does a feature draw in or push away? Every feature of a dictionary ranked at some heads, from both ends.
 
-Weights alone: no activations, no prompt but for the distances between answer and option. A dictionary directory is read
-from disk block by block, so its size does not matter. z places a feature among all features of the dictionary; it is no
-test (`qklens qk` tests pairs).
+Weights alone: no activations, no prompt but for the distances between answer and option. A dictionary directory of
+qklens is read from disk block by block, so its size does not matter; one of another tool is converted in memory. z
+places a feature among all features of the dictionary; it is no test (`qklens qk` tests pairs).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, get_args
 
 import torch
@@ -21,6 +20,7 @@ from qklens.analyses.contrasts import ROLES
 from qklens.analyses.interactions import Side
 from qklens.analyses.partners import Block, Ranked, rank_partners
 from qklens.dictionaries.decoder_file import open_decoder
+from qklens.dictionaries.formats.detect import is_native, load_dictionary
 from qklens.dictionaries.source import FeatureSource, feature_index
 from qklens.dictionaries.unit import unit_directions
 from qklens.errors import QklensError
@@ -31,8 +31,8 @@ from qklens.studies.choices import belief_candidates, choose_heads, heads_to_rea
 from qklens.studies.config import LabConfig
 from qklens.studies.dictionary_fit import check_belongs
 from qklens.studies.lab import Lab
-from qklens.studies.opening import load_source, open_lab, threads_for
-from qklens.studies.resources import dictionary_folder
+from qklens.studies.opening import load_source, open_lab, threads_for, use_source
+from qklens.studies.resources import SourceChoice, source_choice
 from qklens.studies.roles import find_roles
 
 
@@ -170,17 +170,17 @@ def partner_table(
     stray = next((role for role in config.roles if role != request.feature or role not in ROLES), None)
     if stray is not None:
         raise QklensError(f"--role {stray}: expected the role that --feature asks for, one of {list(ROLES)}")
-    folder = dictionary_folder(config)
+    choice = source_choice(config)
     lab = open_lab(config)
     context = lab.subject.context
     if request.offset is not None and context is not None and request.offset >= context:
         raise QklensError(f"--offset {request.offset}: {lab.subject.name} sees {context} tokens; expected less")
     tick(1)
     with threads_for(lab.subject):
-        decoder, name = _decoder(lab, folder)
-        source = str(folder or name)
+        decoder, name = _decoder(lab, choice)
+        source = name if choice.law or choice.folder is None else str(choice.folder)
         heads = _heads(lab, request, decoder, source)
-        feature = _feature(lab, config, request, decoder, source, folder)
+        feature = _feature(lab, config, request, decoder, source, choice)
         directions = decoder.direction(feature)
         written = [layer for layer, vector in directions.items() if bool(vector.any())]
         if request.every:
@@ -225,12 +225,16 @@ def partner_table(
     )
 
 
-def _decoder(lab: Lab, folder: Path | None) -> tuple[_Decoder, str]:
-    if folder is None:
-        lab.source = lab.fit_directions()
+def _decoder(lab: Lab, choice: SourceChoice) -> tuple[_Decoder, str]:
+    if choice.folder is None or choice.law is not None:
+        use_source(lab, choice, *load_source(lab, choice.folder))
         return _InMemory(lab.source), lab.source.name
-    decoder = open_decoder(folder)
-    check_belongs(decoder.config, lab.subject, folder)
+    if not is_native(choice.folder):
+        source = load_dictionary(choice.folder, lab.subject.device)
+        check_belongs(source.config, lab.subject, choice.folder)
+        return _InMemory(source), source.name
+    decoder = open_decoder(choice.folder)
+    check_belongs(decoder.config, lab.subject, choice.folder)
     return decoder, decoder.config.name
 
 
@@ -254,17 +258,15 @@ def _selecting(lab: Lab, decoder: _Decoder, source: str) -> tuple[Head, ...]:
 
 
 def _feature(
-    lab: Lab, config: LabConfig, request: PartnerRequest, decoder: _Decoder, name: str, folder: Path | None
+    lab: Lab, config: LabConfig, request: PartnerRequest, decoder: _Decoder, name: str, choice: SourceChoice
 ) -> int:
     """The feature's index; a role's feature is found as the study finds it, with the whole dictionary in memory."""
     named = config.roles.get(request.feature)
-    if named is not None or request.feature not in ROLES or folder is None:
+    if named is not None or request.feature not in ROLES or choice.folder is None:
         return decoder.find(named or request.feature)
-    source, _ = load_source(lab, folder)
-    if source is None:
-        raise AssertionError("a folder gives a source")
-    lab.source = source
-    belief = source.labels[belief_candidates(lab)[0].feature]
+    if choice.law is None:
+        use_source(lab, choice, *load_source(lab, choice.folder))
+    belief = lab.source.labels[belief_candidates(lab)[0].feature]
     heads = request.heads or _selecting(lab, decoder, name)
     return find_roles(lab, heads, belief)[0].chosen[ROLES[ROLES.index(request.feature)]]
 
