@@ -5,7 +5,8 @@ For a weighting w the term of a pair is Σ_j w_j c ⟨q_i(p), k_k(j)⟩:
 - realised on a span: w = softmax of the scores within the span (the gradient of its logsumexp);
 - contrastive: w(correct) − w(incorrect), in which constants cancel as they do in the softmax; nothing for a head that
   sees one option alone (a sliding window), because there they would not;
-- share: w(span) − the head's whole pattern, the gradient of log attention on the span.
+- share: w(span) − the head's whole pattern, the gradient of log attention on the span; nothing for a head that sees
+  nothing of the span, whose log attention is not finite.
 
 Each w is the gradient, by the head's scores, of one number that needs no weights: the span's logsumexp, the difference
 of two (the log ratio of attention on the options), the log of attention on the span.
