@@ -1,9 +1,13 @@
 """`qklens bench planted`: the study on models whose mechanism is known, and how often it is right.
 
-The whole bench crosses mechanisms, architectures and seeds; the level of noise is (architecture + seed) modulo three,
-so that each architecture and each seed meets all levels. Each model is studied with its planted directions, and those
-of every other seed also with a fifth of them missing. The small bench has one model a mechanism, of a seed and an
-architecture that differ between them. Seeds 0 to 2 are those that the rules were developed on, 3 and 4 are held out.
+The whole bench crosses mechanisms, levels of noise and seeds: 8 × 3 × 5 models. Architecture and dictionary are
+balanced over them as in a Latin square,
+
+    architecture  (mechanism + noise + seed) mod 4        dictionary  (mechanism + noise + 2 seed) mod 3
+
+so that each mechanism meets every architecture, dictionary and layout, each seed and each level all dictionaries. The
+small bench has one of these models a mechanism. Seeds 0 to 2 are those that rules, thresholds and the confidence's
+calibration were set on; 3 and 4 are held out, and their layouts are seen nowhere else.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Any
 
 import torch
 
-from qklens.bench.planted.dictionaries import DictionaryKind
+from qklens.bench.planted.dictionaries import DICTIONARY_KINDS, DictionaryKind
 from qklens.bench.planted.folder import Spec
 from qklens.bench.planted.mechanisms import MECHANISMS
 from qklens.bench.planted.noise import LEVELS
@@ -41,15 +45,13 @@ def tasks(seeds: Sequence[int], *, small: bool = False) -> list[Task]:
         raise QklensError(f"--seeds {list(seeds)}: expected numbers from 0, as 0,1,2")
     found: list[Task] = []
     for place, mechanism in enumerate(MECHANISMS):
-        for number, architecture in enumerate(ARCHITECTURES):
+        for noise in range(len(LEVELS)):
             for seed in seeds:
-                noise = (number + seed) % len(LEVELS)
-                spec = Spec(mechanism=mechanism, architecture=architecture, noise=noise, seed=seed)
-                if small and (number != place % len(ARCHITECTURES) or seed != seeds[place % len(seeds)]):
+                if small and (noise, seed) != (place % len(LEVELS), seeds[place % len(seeds)]):
                     continue
-                found.append((spec, "planted"))
-                if not small and seed % 2 == 1:
-                    found.append((spec, "missing"))
+                architecture = ARCHITECTURES[(place + noise + seed) % len(ARCHITECTURES)]
+                spec = Spec(mechanism=mechanism, architecture=architecture, noise=noise, seed=seed)
+                found.append((spec, DICTIONARY_KINDS[(place + noise + 2 * seed) % len(DICTIONARY_KINDS)]))
     return found
 
 

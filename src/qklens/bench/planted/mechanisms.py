@@ -32,6 +32,8 @@ MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
 LAYOUTS = ("together", "two layers", "relay head", "idle layer", "relay MLP")
 _OUT, _PICK, _OPTION = ("out_A", "out_B"), ("pick_A", "pick_B"), ("option_A", "option_B")
 _SELECT, _LATER, _LAST = 2, 3, 4
+SELECTING_LAYERS = (_SELECT, _LATER)
+"""Where answer-selection heads and the heads that pass their letter on may stand."""
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qklens.bench.planted.blueprint import ROLE_DIRECTIONS
-from qklens.bench.planted.dictionaries import FEATURES, DictionaryKind, kept_features, write_dictionary
+from qklens.bench.planted.dictionaries import DictionaryKind, role_features, write_dictionary
 from qklens.bench.planted.folder import Planted, Spec, planted_model
 from qklens.bench.planted.words import items_file
+from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder
 from qklens.files import atomic_write, read_json, write_json
 from qklens.models.loading import load_subject
 from qklens.strict import Strict
 from qklens.studies.config import StudyConfig
+from qklens.studies.harm_pressure.calibration import Calibration
 from qklens.studies.harm_pressure.study import run_study
 from qklens.studies.results import Results
 
-LEFT_OUT = ("zscores", "steer_all", "steer_query", "steer_key", "error_terms", "partners", "transfer", "origin")
+LEFT_OUT = (
+    "fidelity", "cards", "zscores", "steer_all", "steer_query", "steer_key", "error_terms", "partners", "transfer", "origin",
+)  # fmt: skip
 RUN_FILE = "run.json"
 
 
@@ -28,12 +31,14 @@ class Run(Strict):
         variant: the model's form and layout.
         expected: the right verdict.
         mechanism: the verdict.
-        confidence: its confidence.
         rule: its rule.
         planted_heads: answer-selection heads; empty where the model solves nothing and so selects nothing.
         found_heads: those selected.
-        planted_features: roles whose planted direction the dictionary has.
-        found_features: of these, the roles that were given that direction.
+        distance: of the number that decided from its threshold.
+        limit: what the items allow the confidence to be.
+        planted_features: roles whose planted direction some feature of the dictionary stands for.
+        found_features: of these, the roles that were given such a feature.
+        cosines: for each role, the best feature's cos with the planted direction, 0 below the least that counts.
         signs: for each planted pair that was measured, whether its sign is the planted one.
     """
 
@@ -42,13 +47,24 @@ class Run(Strict):
     variant: str
     expected: str
     mechanism: str
-    confidence: float
+    distance: float
+    limit: float
     rule: str
     planted_heads: list[tuple[int, int]]
     found_heads: list[tuple[int, int]]
     planted_features: list[str]
     found_features: list[str]
+    cosines: dict[str, float]
     signs: list[bool]
+
+    @property
+    def right(self) -> bool:
+        """Whether the verdict is the planted one."""
+        return self.mechanism == self.expected
+
+    def confidence(self, calibration: Calibration) -> float:
+        """The verdict's confidence by a calibration."""
+        return min(calibration.confidence(self.mechanism, self.distance), self.limit)
 
 
 def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
@@ -67,29 +83,29 @@ def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
         model=str(planted.folder), dictionary=str(dictionary), data=str(data), out=folder / "study", seed=0
     )
     results, _ = run_study(config, quiet=True, leave_out=LEFT_OUT)
-    run = compare(planted, kind, results)
+    run = compare(planted, kind, load_crosscoder(dictionary), results)
     write_json(folder / RUN_FILE, run.model_dump(mode="json"))
     return run
 
 
-def compare(planted: Planted, kind: DictionaryKind, results: Results) -> Run:
+def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, results: Results) -> Run:
     """A study's results against the truth."""
     truth = planted.truth
-    kept = [FEATURES[i] for i in kept_features(planted, kind)]
-    layer = results.roles[0].layer if results.roles else 0
-    label = {role: f"L{layer}/{kept.index((name, 1))}" for role, name in ROLE_DIRECTIONS.items() if (name, 1) in kept}
-    chosen = {r.role: r.feature for r in results.roles if r.chosen}
     solved = truth.expected != "task_not_solved"
+    layer = results.roles[0].layer if results.roles else dictionary.layers[0]
+    standing = role_features(planted, dictionary, layer)
+    chosen = {r.role: r.feature for r in results.roles if r.chosen}
+    held = sorted(role for role, features in standing.items() if features)
+    right = [role for role in held if chosen.get(role) in standing[role]]
     values = {
         (row.layer, row.head, row.query_role, row.key_role): row.value
         for row in results.interactions
         if row.kind == "realised" and row.condition == "harm"
     }
-    right = {role for role in label if chosen.get(role) == label[role]}
     signs = []
     for pair in truth.signs:
         value = values.get((pair.layer, pair.head, pair.query_role, pair.key_role))
-        if value is not None and value != 0 and {pair.query_role, pair.key_role} <= right:
+        if value is not None and value != 0 and {pair.query_role, pair.key_role} <= set(right):
             signs.append((value > 0) == (pair.sign > 0))
     return Run(
         spec=truth.spec,
@@ -97,11 +113,13 @@ def compare(planted: Planted, kind: DictionaryKind, results: Results) -> Run:
         variant=truth.variant,
         expected=truth.expected,
         mechanism=results.verdict.mechanism,
-        confidence=results.verdict.confidence,
+        distance=results.verdict.distance,
+        limit=results.verdict.limit,
         rule=results.verdict.rule,
         planted_heads=truth.selecting if solved else [],
         found_heads=list(results.heads_details.selected) if solved and results.heads_details else [],
-        planted_features=sorted(label) if solved else [],
-        found_features=sorted(right) if solved else [],
+        planted_features=held if solved else [],
+        found_features=right if solved else [],
+        cosines={role: max(features.values(), default=0.0) for role, features in standing.items()},
         signs=signs if solved else [],
     )

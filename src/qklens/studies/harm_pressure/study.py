@@ -159,7 +159,8 @@ def run_study(
         config: what to study.
         command: kept in the manifest.
         quiet: show no progress.
-        leave_out: stages that are skipped by name, of those that the verdict does not read.
+        leave_out: stages that are skipped by name, of those that the verdict does not read; `fidelity` leaves out the
+            dictionary's loss recovered.
 
     Raises:
         QklensError: bad input of any kind; nothing is half-written.
@@ -168,7 +169,7 @@ def run_study(
     resources = resolve(config)
     lab = open_lab(config)
     subject = lab.subject
-    source, fidelity = load_source(lab, resources.source.folder)
+    source, fidelity = load_source(lab, resources.source.folder, losses="fidelity" not in leave_out)
     known_roles(source or Directions(tuple(ROLES), {}, {}), config.roles)
     files = {name: inspect_model(path).files for name, path in resources.checkpoints}
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}

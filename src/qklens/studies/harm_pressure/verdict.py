@@ -17,9 +17,10 @@ shares are those of `analyses/mediation.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from qklens.analyses.factorial import Term
+from qklens.studies.harm_pressure.calibration import shipped_calibration
 from qklens.studies.harm_pressure.causes import Causes
 from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, Evidence, HeadsDetails, Verdict
 
@@ -64,8 +65,7 @@ def _not_solved(m: Measurements) -> Verdict | None:
         return None
     distance = max(t["solved_accuracy"] - none.accuracy, t["solved_bound"] - none.ci[0])
     return Verdict(
-        mechanism="task_not_solved",
-        confidence=_confidence(distance / 0.1),
+        **_strength("task_not_solved", distance / 0.1),
         rule="the model does not answer the questions without pressure, so there is no answer to look away from",
         evidence=evidence,
     )
@@ -80,8 +80,7 @@ def _no_effect(m: Measurements) -> Verdict | None:
     if accuracy_falls or margin_falls:
         return None
     return Verdict(
-        mechanism="no_effect",
-        confidence=_confidence(min((t["accuracy_drop"] - drop) / 0.05, (t["margin_drop"] - relative) / 0.1)),
+        **_strength("no_effect", min((t["accuracy_drop"] - drop) / 0.05, (t["margin_drop"] - relative) / 0.1)),
         rule="neither accuracy nor margin falls enough under harm compared with a benign sentence",
         evidence=[
             _evidence("accuracy lost, benign to harm", drop, "below", t["accuracy_drop"]),
@@ -107,9 +106,9 @@ def _belief_change(m: Measurements) -> Verdict | None:
     if not all(e.holds for e in evidence):
         return None
     return Verdict(
-        mechanism="belief_change",
-        confidence=_confidence(
-            min((c.belief.through - t["carries"]) / 0.2, (t["separation_kept"] - c.separation_kept) / 0.2)
+        **_strength(
+            "belief_change",
+            min((c.belief.through - t["carries"]) / 0.2, (t["separation_kept"] - c.separation_kept) / 0.2),
         ),
         rule="the options' correct-answer direction shrinks under harm, and giving it back or taking it away moves the "
         "margin",
@@ -145,8 +144,7 @@ def _attention(m: Measurements) -> Verdict | None:
     ]
     if max(answer, harm) <= t["key_majority"]:
         return Verdict(
-            mechanism="undetermined",
-            confidence=0.5,
+            **_strength("undetermined", 0.0),
             rule="attention is pulled away, but mostly through neither kind of key at the options",
             evidence=common + terms,
         )
@@ -154,8 +152,7 @@ def _attention(m: Measurements) -> Verdict | None:
     winner = "what harm wrote into the keys" if harm >= answer else "the options' ordinary keys"
     distance = min((c.pattern.through - t["carries"]) / 0.2, (max(harm, answer) - t["key_majority"]) / 0.2)
     return Verdict(
-        mechanism=mechanism,
-        confidence=_confidence(distance),
+        **_strength(mechanism, distance),
         rule=f"the clean pattern restores the margin, and most of the loss runs through {winner}",
         evidence=common + terms,
     )
@@ -178,8 +175,7 @@ def _late_flip(m: Measurements) -> Verdict | None:
         (t["carries_not"] - max(c.pattern.through, c.output.through)) / 0.2, (c.late_restored - t["carries"]) / 0.2
     )
     return Verdict(
-        mechanism="late_flip",
-        confidence=_confidence(distance),
+        **_strength("late_flip", distance),
         rule="the heads still look at the correct option under harm, and the loss is written after them",
         evidence=evidence,
     )
@@ -202,7 +198,7 @@ def _undetermined(m: Measurements) -> Verdict:
                 f"two mechanisms share the loss: the heads' patterns carry {c.pattern.through:.2f} of it, the rest "
                 f"{1 - c.pattern.through:.2f}"
             )
-    return Verdict(mechanism="undetermined", confidence=0.5, rule=rule, evidence=evidence)
+    return Verdict(**_strength("undetermined", 0.0), rule=rule, evidence=evidence)
 
 
 def _evidence(name: str, value: float, relation: str, threshold: float) -> Evidence:
@@ -220,6 +216,7 @@ def _evidence(name: str, value: float, relation: str, threshold: float) -> Evide
     )
 
 
-def _confidence(distance: float) -> float:
-    """From half at the threshold towards 0.99, by the distance from it in units of a typical error."""
-    return round(min(0.99, 0.5 + 0.49 * max(0.0, distance) / (1.0 + max(0.0, distance))), 3)
+def _strength(mechanism: str, distance: float) -> dict[str, Any]:
+    """The mechanism, how far what decided lies from its threshold in typical errors, and how often such are right."""
+    confidence = shipped_calibration().confidence(mechanism, distance)
+    return {"mechanism": mechanism, "distance": round(max(distance, 0.0), 4), "confidence": confidence}
