@@ -29,6 +29,7 @@ from qklens.bench.planted.runs import Run, run_one
 from qklens.bench.planted.weights import ARCHITECTURES
 from qklens.errors import QklensError
 from qklens.files import write_json
+from qklens.studies.harm_pressure.calibration import shipped_calibration
 
 DEVELOPMENT, HELD_OUT = (0, 1, 2), (3, 4)
 SEEDS = DEVELOPMENT + HELD_OUT
@@ -44,9 +45,9 @@ def tasks(seeds: Sequence[int], *, small: bool = False) -> list[Task]:
     if not seeds or min(seeds) < 0:
         raise QklensError(f"--seeds {list(seeds)}: expected numbers from 0, as 0,1,2")
     found: list[Task] = []
-    for place, mechanism in enumerate(MECHANISMS):
+    for seed in seeds:
         for noise in range(len(LEVELS)):
-            for seed in seeds:
+            for place, mechanism in enumerate(MECHANISMS):
                 if small and (noise, seed) != (place % len(LEVELS), seeds[place % len(seeds)]):
                     continue
                 architecture = ARCHITECTURES[(place + noise + seed) % len(ARCHITECTURES)]
@@ -92,7 +93,7 @@ def summary(runs: Iterable[Run]) -> dict[str, Any]:
     confusion = Counter((run.spec.mechanism, run.expected, run.mechanism) for run in runs)
     right = [run.mechanism == run.expected for run in runs]
     guarded = [run for run in runs if run.spec.mechanism in ("late_flip", "belief_change", "decoy")]
-    brier = [(run.confidence - ok) ** 2 for run, ok in zip(runs, right, strict=True)]
+    brier = [(run.confidence(shipped_calibration()) - ok) ** 2 for run, ok in zip(runs, right, strict=True)]
     return {
         "n": len(runs),
         "right": sum(right),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from qklens.bench.planted.dictionaries import DictionaryKind, role_features, write_dictionary
@@ -17,7 +18,8 @@ from qklens.studies.harm_pressure.study import run_study
 from qklens.studies.results import Results
 
 LEFT_OUT = (
-    "fidelity", "cards", "zscores", "steer_all", "steer_query", "steer_key", "error_terms", "partners", "transfer", "origin",
+    "fidelity", "cards", "zscores", "steer_all", "steer_query", "steer_key", "error_terms", "partners", "transfer",
+    "origin",
 )  # fmt: skip
 RUN_FILE = "run.json"
 
@@ -40,6 +42,7 @@ class Run(Strict):
         found_features: of these, the roles that were given such a feature.
         cosines: for each role, the best feature's cos with the planted direction, 0 below the least that counts.
         signs: for each planted pair that was measured, whether its sign is the planted one.
+        cpu_seconds: processor time of the whole run, the model's and the dictionary's making included.
     """
 
     spec: Spec
@@ -56,6 +59,7 @@ class Run(Strict):
     found_features: list[str]
     cosines: dict[str, float]
     signs: list[bool]
+    cpu_seconds: float
 
     @property
     def right(self) -> bool:
@@ -70,9 +74,10 @@ class Run(Strict):
 def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
     """Run the study on a planted model, or take the run that is there."""
     folder = out / "runs" / f"{spec.name}-{kind}"
-    planted = planted_model(spec, out / "models")
     if (folder / RUN_FILE).is_file():
         return Run.model_validate(read_json(folder / RUN_FILE))
+    started = time.process_time()
+    planted = planted_model(spec, out / "models")
     data = out / "planted.jsonl"
     if not data.is_file():
         atomic_write(data, items_file())
@@ -84,6 +89,7 @@ def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
     )
     results, _ = run_study(config, quiet=True, leave_out=LEFT_OUT)
     run = compare(planted, kind, load_crosscoder(dictionary), results)
+    run = run.model_copy(update={"cpu_seconds": round(time.process_time() - started, 2)})
     write_json(folder / RUN_FILE, run.model_dump(mode="json"))
     return run
 
@@ -122,4 +128,5 @@ def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, resu
         found_features=right if solved else [],
         cosines={role: max(features.values(), default=0.0) for role, features in standing.items()},
         signs=signs if solved else [],
+        cpu_seconds=0.0,
     )
