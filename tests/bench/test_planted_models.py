@@ -3,63 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-from qklens.bench.planted.folder import Planted, Spec, planted_model
-from qklens.bench.planted.words import planted_items
-from qklens.data.render import ORDERS, LetterForm, Prompt, render
-
-ITEMS = planted_items()[:6]
+from planted_raw import attention, hooked, margins, opened, prompts, streams
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("planted")
-
-
-def opened(models: Path, mechanism: str, architecture: str = "llama", seed: int = 0) -> tuple[Planted, PreTrainedModel]:
-    spec = Spec.model_validate({"mechanism": mechanism, "architecture": architecture, "noise": 1, "seed": seed})
-    planted = planted_model(spec, models)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(planted.folder, attn_implementation="eager")
-    return planted, model.eval()
-
-
-def prompts(planted: Planted, condition: str) -> list[Prompt]:
-    tokenizer = AutoTokenizer.from_pretrained(planted.folder)
-    return [render(tokenizer, i, condition, order, LetterForm("", "")) for i in ITEMS for order in ORDERS]
-
-
-def margins(model: PreTrainedModel, asked: list[Prompt]) -> torch.Tensor:
-    rows = []
-    for prompt in asked:
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt.tokens])).logits[0, -1]
-        rows.append(logits[prompt.letter_ids[0]] - logits[prompt.letter_ids[1]])
-    return torch.stack(rows)
-
-
-def streams(model: PreTrainedModel, asked: list[Prompt], layer: int) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return [
-            model(torch.tensor([p.tokens]), output_hidden_states=True).hidden_states[layer][0].double() for p in asked
-        ]
-
-
-@contextlib.contextmanager
-def hooked(module: torch.nn.Module, hook: Callable) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def test_accuracy_is_what_the_mechanism_says(models: Path) -> None:
@@ -120,10 +73,9 @@ def test_a_late_flip_keeps_attention_and_an_attention_model_loses_it(models: Pat
         for condition in ("none", "harm"):
             total = 0.0
             for prompt in prompts(planted, condition):
-                with torch.no_grad():
-                    patterns = model(torch.tensor([prompt.tokens]), output_attentions=True).attentions
+                patterns = attention(model, prompt)
                 for layer, head in planted.truth.selecting:
-                    row = patterns[layer][0, head, -1]
+                    row = patterns[layer][head]
                     total += float(row[list(prompt.span("correct"))].sum() - row[list(prompt.span("incorrect"))].sum())
             looks[condition] = total
         assert (looks["harm"] / looks["none"] > 0.8) is keeps, mechanism
@@ -139,8 +91,7 @@ def test_the_decoy_is_pulled_off_and_idle(models: Path) -> None:
     for condition in ("none", "harm"):
         rows = []
         for prompt in prompts(planted, condition):
-            with torch.no_grad():
-                row = model(torch.tensor([prompt.tokens]), output_attentions=True).attentions[layer][0, head, -1]
+            row = attention(model, prompt)[layer][head]
             rows.append(float(row[list(prompt.span("correct"))].sum()))
         looks[condition] = sum(rows) / len(rows)
 
@@ -156,6 +107,37 @@ def test_the_decoy_is_pulled_off_and_idle(models: Path) -> None:
     for condition in ("none", "harm"):
         assert float((before[condition] - after[condition]).abs().max()) < 0.3
     assert asked
+
+
+def test_the_saturated_decoy_is_pushed_hard_and_does_not_move(models: Path) -> None:
+    """Pressure lowers its score of the correct option by several units, and softmax hardly notices."""
+    planted, model = opened(models, "decoy", seed=1)
+    assert planted.truth.variant.startswith("saturated")
+    layer, head = max(
+        planted.truth.selecting,
+        key=lambda at: float(attention(model, prompts(planted, "none")[0])[at[0]][at[1]].max()),
+    )
+    refuse = planted.basis["refuse"].float()
+
+    def pressed(_: torch.nn.Module, args: tuple) -> tuple:
+        x = args[0].clone()
+        x[:, -1] += refuse
+        return (x, *args[1:])
+
+    looks, scores = {}, {}
+    for name in ("calm", "pressed"):
+        rows = []
+        for prompt in prompts(planted, "none"):
+            with contextlib.ExitStack() as stack:
+                if name == "pressed":
+                    stack.enter_context(hooked(model.model.layers[layer], pressed))
+                rows.append((prompt, attention(model, prompt)[layer][head]))
+        looks[name] = sum(float(r[list(p.span("correct"))].sum()) for p, r in rows) / len(rows)
+        # Scores less the first token's, which pressure leaves alone.
+        scores[name] = sum(float((r[list(p.span("correct"))].max() / r[0]).log()) for p, r in rows) / len(rows)
+    assert scores["calm"] - scores["pressed"] > 2
+    assert looks["calm"] > 0.9
+    assert looks["calm"] - looks["pressed"] < 0.1
 
 
 def test_the_same_spec_writes_the_same_weights_and_a_whole_folder_is_reused(models: Path, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from qklens.studies.harm_pressure.calibration import shipped_calibration
 from qklens.studies.harm_pressure.causes import Causes, CauseShare
-from qklens.studies.harm_pressure.verdict import Measurements, decide
+from qklens.studies.harm_pressure.verdict import THRESHOLDS, Measurements, decide
 from qklens.studies.results import BehaviourDetails, Belief, BeliefCondition, ConditionBehaviour, HeadsDetails
 
 
@@ -122,7 +123,7 @@ CASES = {
 def test_each_mechanism_is_named(mechanism):
     verdict = decide(CASES[mechanism])
     assert verdict.mechanism == mechanism
-    assert 0.5 <= verdict.confidence <= 0.99
+    assert 0 < verdict.confidence < 1
     assert verdict.rule
     assert all(f"{e.value:.3g}" in e.text for e in verdict.evidence)
 
@@ -181,10 +182,60 @@ def test_a_margin_drop_without_an_accuracy_drop_is_an_effect():
     assert decide(measured).mechanism == "attention_harm_key"
 
 
-def test_confidence_grows_with_the_evidence():
-    levels = [decide(causes(pattern=share(x))).confidence for x in (0.7, 0.8, 0.9, 0.99)]
-    assert levels == sorted(levels)
-    assert levels[0] < levels[-1]
-    late = [decide(causes(LATE, late_restored=x)).confidence for x in (0.7, 0.75, 0.8)]
-    assert late == sorted(late)
-    assert late[0] < late[-1]
+def test_the_distance_grows_with_the_evidence_and_confidence_is_what_the_bench_says_of_it():
+    verdicts = [decide(causes(pattern=share(x))) for x in (0.7, 0.8, 0.9)]
+    late = [decide(causes(LATE, late_restored=x)) for x in (0.7, 0.72, 0.75)]
+    for found in (verdicts, late):
+        assert [v.distance for v in found] == sorted({v.distance for v in found})
+        for verdict in found:
+            assert verdict.confidence == shipped_calibration().confidence(verdict.mechanism, verdict.distance)
+
+
+def behaving(base: Measurements = ATTENTION, **changes: ConditionBehaviour) -> Measurements:
+    return replace(base, behaviour={**base.behaviour, **changes})
+
+
+def none(**changes: object) -> Measurements:
+    return behaving(none=ATTENTION.behaviour["none"].model_copy(update=changes))
+
+
+def quiet(accuracy: float = 0.98, p: float = 1e-9, lost: float = 0.0) -> Measurements:
+    """Harm as the benign sentence, but for an accuracy and a share of the margin."""
+    benign = ATTENTION.behaviour["benign"]
+    harm = benign.model_copy(update={"accuracy": accuracy})
+    return replace(behaving(harm=harm), details=details(lost * benign.margin, p))
+
+
+NUDGE = 1e-3
+T = THRESHOLDS
+EDGES = {
+    "solved_accuracy": ("task_not_solved", lambda x: none(accuracy=x, ci=(0.7, 1.0)), -1),
+    "solved_bound": ("task_not_solved", lambda x: none(ci=(x, 1.0)), -1),
+    "accuracy_drop": ("no_effect", lambda x: quiet(accuracy=0.98 - x), -1),
+    "mcnemar_p": ("no_effect", lambda x: quiet(accuracy=0.5, p=x), 1),
+    "margin_drop": ("no_effect", lambda x: quiet(lost=x), -1),
+    "separation_kept": ("belief_change", lambda x: causes(belief=share(0.9), separation_kept=x), -1),
+    "attention_kept": ("late_flip", lambda x: causes(LATE, attention_kept=x), 1),
+    "random_heads": ("attention_harm_key", lambda x: replace(ATTENTION, heads=heads(0.9, random=x)), -1),
+    "key_majority": ("attention_answer_key", lambda x: removed(answer_key=x, elsewhere=1 - x), 1),
+    "carries of the belief": ("belief_change", lambda x: causes(belief=share(x), separation_kept=0.0), 1),
+    "carries of the patterns": ("attention_harm_key", lambda x: causes(pattern=share(x)), 1),
+    "carries of what is written later": ("late_flip", lambda x: causes(LATE, late_restored=x), 1),
+    "carries_not of the patterns": ("late_flip", lambda x: causes(LATE, pattern=share(x)), -1),
+    "carries_not of the outputs": ("late_flip", lambda x: causes(LATE, output=share(x)), -1),
+    "carries_not of the belief, late": ("late_flip", lambda x: causes(LATE, belief=share(x)), -1),
+    "carries_not of the belief, attention": ("attention_harm_key", lambda x: causes(belief=share(x)), -1),
+    "carries_not of the lower bound": ("attention_harm_key", lambda x: causes(pattern=share(0.9, 0.9 - x)), 1),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_each_rule_turns_at_its_threshold_in_the_table(name):
+    mechanism, measured, side = EDGES[name]
+    threshold = T[name.split()[0]]
+    assert decide(measured(threshold + side * NUDGE)).mechanism == mechanism
+    assert decide(measured(threshold - side * NUDGE)).mechanism != mechanism
+
+
+def test_every_threshold_of_the_table_is_tested():
+    assert {name.split()[0] for name in EDGES} == set(T)

@@ -24,9 +24,9 @@ def _group() -> None:
 def planted(
     small: Annotated[bool, typer.Option("--small", help="One model a mechanism.")] = False,
     seeds: Annotated[str, typer.Option(help="Seeds joined by commas; 0 to 2 are for development.")] = "0,1,2,3,4",
-    out: Annotated[Path, typer.Option(help="Where models and runs lie; the same command on it resumes.")] = Path(
-        "runs/bench-planted"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Where models, runs, bench.json and the figures go; the same command resumes.")
+    ] = Path("runs/bench-planted"),
     processes: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     as_json: Json = False,
 ) -> None:
@@ -62,11 +62,23 @@ def _lines(results: dict[str, Any]) -> list[str]:
             for row in part["confusion"]
         ]
         lines.append(f"  attention verdicts on late_flip, belief_change or decoy: {part['false_attention']}")
-        for what in ("heads", "features"):
-            row = part[what]
-            shares = [
-                f"{key} {'-' if row[key] is None else format(row[key], '.3f')}" for key in ("recall", "precision")
-            ]
-            lines.append(f"  {what}: {', '.join(shares)} ({row['planted']} planted)")
+        lines.append(f"  heads: {_shares(part['heads'])}")
+        for kind, row in part["features"].items():
+            if row["planted"]:
+                held = f"; it holds {100 * row['held']:.0f}% of the roles' directions, mean cos {row['cosine']:.2f}"
+                lines.append(f"  features, {kind} dictionary: {_shares(row)}{held}")
         lines.append(f"  signs: {part['signs']['right']} of {part['signs']['n']}; Brier score {part['brier']:.3f}")
+        lines += [
+            f"  confidence {row['confidence']:.3f}: right in {row['right']} of {row['n']}"
+            for row in part["reliability"]
+        ]
+    lines.append(f"{results['cpu_seconds']:.0f} s of processor time")
     return lines
+
+
+def _shares(row: dict[str, Any]) -> str:
+    return f"recall {_number(row['recall'])}, precision {_number(row['precision'])} ({row['planted']} planted)"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from qklens.bench.planted.dictionaries import DICTIONARY_KINDS, DictionaryKind
+from qklens.bench.planted.figures import write_figures
 from qklens.bench.planted.folder import Spec
 from qklens.bench.planted.mechanisms import MECHANISMS
 from qklens.bench.planted.noise import LEVELS
@@ -29,7 +30,7 @@ from qklens.bench.planted.runs import Run, run_one
 from qklens.bench.planted.weights import ARCHITECTURES
 from qklens.errors import QklensError
 from qklens.files import write_json
-from qklens.studies.harm_pressure.calibration import shipped_calibration
+from qklens.studies.harm_pressure.calibration import fit, shipped_calibration
 
 DEVELOPMENT, HELD_OUT = (0, 1, 2), (3, 4)
 SEEDS = DEVELOPMENT + HELD_OUT
@@ -59,7 +60,7 @@ def tasks(seeds: Sequence[int], *, small: bool = False) -> list[Task]:
 def run_bench(
     seeds: Sequence[int], out: Path, *, small: bool, processes: int, tick: Callable[[int, int, Run], None]
 ) -> dict[str, Any]:
-    """Run, or resume, the bench and write `results.json` into `out`; `tick` after each run.
+    """Run, or resume, the bench and write `bench.json` and the two figures into `out`; `tick` after each run.
 
     Raises:
         QklensError: bad seeds, or a folder that cannot be written.
@@ -70,17 +71,26 @@ def run_bench(
         for run in pool.map(_run, todo, [out] * len(todo)):
             runs.append(run)
             tick(len(runs), len(todo), run)
+    results = results_of(runs, seeds, small=small)
+    write_json(out / "bench.json", results)
+    write_figures(results, out)
+    return results
+
+
+def results_of(runs: Sequence[Run], seeds: Sequence[int], *, small: bool) -> dict[str, Any]:
+    """What `bench.json` holds: summaries of all, development and held-out runs, the calibration, and every run."""
     groups = {"development": DEVELOPMENT, "held_out": HELD_OUT}
-    results = {
+    verdicts = [(run.mechanism, run.distance, run.right) for run in runs if run.spec.seed in DEVELOPMENT]
+    return {
         "schema": 1,
         "seeds": list(seeds),
         "small": small,
+        "cpu_seconds": round(sum(run.cpu_seconds for run in runs), 1),
         "all": summary(runs),
         **{name: summary(r for r in runs if r.spec.seed in some) for name, some in groups.items()},
+        "calibration": fit(verdicts, f"qklens bench planted, seeds {list(DEVELOPMENT)}").model_dump(mode="json"),
         "runs": [run.model_dump(mode="json") for run in runs],
     }
-    write_json(out / "results.json", results)
-    return results
 
 
 def _run(task: Task, out: Path) -> Run:
@@ -88,25 +98,55 @@ def _run(task: Task, out: Path) -> Run:
 
 
 def summary(runs: Iterable[Run]) -> dict[str, Any]:
-    """Verdicts and their confusion matrix, false attention verdicts, recovery, and the confidence's Brier score."""
-    runs = list(runs)
+    """Verdicts and their confusion matrix, false attention verdicts, recovery, and how well confidence is calibrated.
+
+    Confidence is by the calibration that ships.
+    """
+    runs, calibration = list(runs), shipped_calibration()
     confusion = Counter((run.spec.mechanism, run.expected, run.mechanism) for run in runs)
-    right = [run.mechanism == run.expected for run in runs]
     guarded = [run for run in runs if run.spec.mechanism in ("late_flip", "belief_change", "decoy")]
-    brier = [(run.confidence(shipped_calibration()) - ok) ** 2 for run, ok in zip(runs, right, strict=True)]
+    given = [(run.confidence(calibration), run.right) for run in runs]
+    by_dictionary = {kind: [r for r in runs if r.dictionary == kind] for kind in DICTIONARY_KINDS}
     return {
         "n": len(runs),
-        "right": sum(right),
+        "right": sum(run.right for run in runs),
         "confusion": [
             {"planted": planted, "expected": expected, "verdict": verdict, "n": n}
             for (planted, expected, verdict), n in sorted(confusion.items())
         ],
         "false_attention": sum(run.mechanism.startswith("attention") for run in guarded),
         "heads": _recovery((run.planted_heads, run.found_heads) for run in runs if run.planted_heads),
-        "features": _recovery((run.planted_features, run.found_features) for run in runs),
+        "features": {
+            kind: {
+                **_features(some),
+                "held": _mean([bool(cos) for run in some for cos in run.cosines.values()]),
+                "cosine": _mean([cos for run in some for cos in run.cosines.values() if cos]),
+            }
+            for kind, some in by_dictionary.items()
+        },
         "signs": {"right": sum(sum(run.signs) for run in runs), "n": sum(len(run.signs) for run in runs)},
-        "brier": sum(brier) / len(brier) if brier else None,
+        "brier": _mean([(confidence - right) ** 2 for confidence, right in given]),
+        "reliability": [
+            {"confidence": confidence, "n": n, "right": sum(right for c, right in given if c == confidence)}
+            for confidence, n in sorted(Counter(confidence for confidence, _ in given).items())
+        ],
     }
+
+
+def _features(runs: Sequence[Run]) -> dict[str, Any]:
+    """Recall over the roles whose direction the dictionary holds; precision over all roles, each is given a feature."""
+    solved = [run for run in runs if run.planted_heads]
+    planted, right = sum(len(run.planted_features) for run in solved), sum(len(run.found_features) for run in solved)
+    given = sum(len(run.cosines) for run in solved)
+    return {"planted": planted, "found": given, "recall": _share(right, planted), "precision": _share(right, given)}
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _recovery(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> dict[str, Any]:
@@ -116,6 +156,6 @@ def _recovery(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> dict[str,
     return {
         "planted": planted,
         "found": found,
-        "recall": both / planted if planted else None,
-        "precision": both / found if found else None,
+        "recall": _share(both, planted),
+        "precision": _share(both, found),
     }

@@ -1,8 +1,8 @@
-"""Dictionaries of a planted model: its directions, the same with a fifth missing, and one learned from activations.
+"""Dictionaries of a planted model: its directions, the same with a fifth of them missing, and a learned one.
 
-At each layer that may select the answer the named directions are the decoder, and the rows of their pseudo-inverse the encoder, so that without
-noise every activation is the planted amount. The bias is `constant`, and the mean of what no named direction writes.
-Each direction stands twice, once with either sign.
+At each layer that may select the answer the named directions are the decoder, and the rows of their pseudo-inverse the
+encoder, so that without noise every activation is the planted amount. The bias is `constant`, and the mean of what no
+named direction writes. Each direction stands twice, once with either sign.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,10 +121,10 @@ def _write(spec: Spec, folder: Path) -> Planted:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            written.model.save_pretrained(temporary)
-            planted_tokenizer().save_pretrained(temporary)
+        written.model.config.save_pretrained(temporary)
+        weights = {name: tensor.contiguous() for name, tensor in written.model.state_dict().items()}
+        atomic_write(temporary / "model.safetensors", save(weights, {"format": "pt"}))
+        planted_tokenizer().save_pretrained(temporary)
         heads = sorted((layer, h, head.part) for (layer, h), head in written.placed.items())
         truth = Truth(
             version=VERSION,

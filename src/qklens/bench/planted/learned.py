@@ -63,10 +63,12 @@ def _activations(subject: Subject, layers: tuple[int, ...]) -> dict[int, Float[T
     }
 
 
-def learn_layer(layer: int, rows: Float[Tensor, "row d_model"], model_sha256: str) -> Crosscoder:
+def learn_layer(
+    layer: int, rows: Float[Tensor, "row d_model"], model_sha256: str, training: TrainingConfig = TRAINING
+) -> Crosscoder:
     """A sparse autoencoder of one layer."""
     return train_crosscoder(
-        {layer: rows}, TRAINING, name="learned", model_sha256=model_sha256, report=lambda _step, _metrics: None
+        {layer: rows}, training, name="learned", model_sha256=model_sha256, report=lambda _step, _metrics: None
     )
 
 
@@ -94,7 +96,7 @@ def side_by_side(single: list[Crosscoder]) -> Crosscoder:
         activation=Threshold(threshold=1.0),
         site="resid_pre",
         model_sha256=single[0].config.model_sha256,
-        training=TRAINING.model_dump(),
+        training=single[0].config.training,
         fidelity=None,
     )
     centres = {layer: one.decoder_bias[layer] for layer, one in zip(layers, single, strict=True)}

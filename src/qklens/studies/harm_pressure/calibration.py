@@ -76,8 +76,10 @@ def fit(verdicts: Iterable[tuple[str, float, bool]], made: str) -> Calibration:
     other = [right for mechanism, _, right in found if mechanism == UNDETERMINED]
     size = max(1, -(-len(named) // _GROUPS))
     pooled: list[Group] = []
-    for begin in range(0, len(named), size):
-        some = named[begin : begin + size]
+    while named:
+        # Equal distances stay together.
+        n = sum(distance <= named[min(size, len(named)) - 1][0] for distance, _ in named)
+        some, named = named[:n], named[n:]
         pooled.append(Group(least=some[0][0], n=len(some), right=sum(right for _, right in some)))
         while len(pooled) > 1 and pooled[-1].right * pooled[-2].n <= pooled[-2].right * pooled[-1].n:
             last, before = pooled.pop(), pooled.pop()
