@@ -94,14 +94,23 @@ class PairTerms:
 
     def between(self, query: int, key: int) -> float:
         """The mean term of one pair."""
-        return float(sum(w * v for w, v in zip(self.weights, self.by_prompt([(query, key)])[:, 0], strict=True)))
+        return self.of_pairs([(query, key)])[0]
+
+    def of_pairs(self, pairs: Sequence[tuple[int, int]]) -> list[float]:
+        """The mean terms of some pairs, (query, key) each."""
+        return (torch.tensor(self.weights, dtype=torch.float64) @ self.by_prompt(pairs)).tolist()
 
     def by_prompt(self, pairs: Sequence[tuple[int, int]]) -> Float[Tensor, "prompt pair"]:
         """The terms of some pairs on each prompt, before the mean."""
-        rows = [
-            [float(self.scale * q.of(i) @ k.of(j)) for i, j in pairs] for q, k in zip(self.query, self.key, strict=True)
-        ]
-        return torch.tensor(rows, dtype=torch.float64)
+        if not pairs:
+            return torch.zeros(len(self.query), 0, dtype=torch.float64)
+        sides = [list(dict.fromkeys(side)) for side in zip(*pairs, strict=True)]
+        at = [[side.index(source) for source in of] for side, of in zip(sides, zip(*pairs, strict=True), strict=True)]
+        rows = []
+        for query, key in zip(self.query, self.key, strict=True):
+            q, k = (torch.stack([own.of(i) for i in side]) for own, side in zip((query, key), sides, strict=True))
+            rows.append((self.scale * q[at[0]] * k[at[1]]).sum(dim=-1).double().cpu())
+        return torch.stack(rows)
 
     def marginal(self, side: Side) -> Float[Tensor, " source"]:
         """Each source's sum over all sources of the other side, signed; they sum to `total`. On the CPU, float64."""
