@@ -45,7 +45,7 @@ def tasks(seeds: Sequence[int], *, small: bool = False) -> list[Task]:
     """
     if not seeds or min(seeds) < 0:
         raise QklensError(f"--seeds {list(seeds)}: expected numbers from 0, as 0,1,2")
-    found: list[Task] = []
+    seeds, found = list(dict.fromkeys(seeds)), list[Task]()
     for seed in seeds:
         for noise in range(len(LEVELS)):
             for place, mechanism in enumerate(MECHANISMS):
@@ -79,7 +79,6 @@ def run_bench(
 
 def results_of(runs: Sequence[Run], seeds: Sequence[int], *, small: bool) -> dict[str, Any]:
     """What `bench.json` holds: summaries of all, development and held-out runs, the calibration, and every run."""
-    groups = {"development": DEVELOPMENT, "held_out": HELD_OUT}
     verdicts = [(run.mechanism, run.distance, run.right) for run in runs if run.spec.seed in DEVELOPMENT]
     return {
         "schema": 1,
@@ -87,7 +86,8 @@ def results_of(runs: Sequence[Run], seeds: Sequence[int], *, small: bool) -> dic
         "small": small,
         "cpu_seconds": round(sum(run.cpu_seconds for run in runs), 1),
         "all": summary(runs),
-        **{name: summary(r for r in runs if r.spec.seed in some) for name, some in groups.items()},
+        "development": summary(run for run in runs if run.spec.seed in DEVELOPMENT),
+        "held_out": summary(run for run in runs if run.spec.seed not in DEVELOPMENT),
         "calibration": fit(verdicts, f"qklens bench planted, seeds {list(DEVELOPMENT)}").model_dump(mode="json"),
         "runs": [run.model_dump(mode="json") for run in runs],
     }

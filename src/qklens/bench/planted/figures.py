@@ -17,7 +17,7 @@ from qklens.report.figures.render import to_svg
 from qklens.report.figures.style import Drawing
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
-GROUP_WORDS = {"development": "seeds 0 to 2, for development", "held_out": "seeds 3 and 4, held out"}
+GROUP_WORDS = {"development": "seeds 0 to 2, for development", "held_out": "other seeds, held out"}
 _CELL, _SIDE = 30, 230
 _RIGHT, _WRONG = "#0b7a75", "#cc4b24"
 

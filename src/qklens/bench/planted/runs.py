@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from qklens.bench.planted.dictionaries import DictionaryKind, role_features, write_dictionary
 from qklens.bench.planted.folder import Planted, Spec, planted_model
 from qklens.bench.planted.words import items_file
@@ -74,8 +76,9 @@ class Run(Strict):
 def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
     """Run the study on a planted model, or take the run that is there."""
     folder = out / "runs" / f"{spec.name}-{kind}"
-    if (folder / RUN_FILE).is_file():
-        return Run.model_validate(read_json(folder / RUN_FILE))
+    kept = _kept(folder / RUN_FILE)
+    if kept is not None:
+        return kept
     started = time.process_time()
     planted = planted_model(spec, out / "models")
     data = out / "planted.jsonl"
@@ -92,6 +95,16 @@ def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
     run = run.model_copy(update={"cpu_seconds": round(time.process_time() - started, 2)})
     write_json(folder / RUN_FILE, run.model_dump(mode="json"))
     return run
+
+
+def _kept(path: Path) -> Run | None:
+    """The run that is there, unless another version wrote it."""
+    if not path.is_file():
+        return None
+    try:
+        return Run.model_validate(read_json(path))
+    except ValidationError:
+        return None
 
 
 def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, results: Results) -> Run:

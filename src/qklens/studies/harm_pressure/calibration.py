@@ -6,8 +6,10 @@ confidence fall as distance grows are pooled (isotonic regression); and
 
     confidence = (right + ½) / (n + 1)
 
-of the group that a distance falls in. `undetermined` is a group of its own: how often that was what it should say. The
-counts ship beside this file; `qklens bench planted` writes its own and says what held-out seeds make of them.
+of the group that a distance falls in. Nearer to a threshold than any verdict of the bench, nothing was counted: there
+it goes in a straight line to one half at the threshold itself. `undetermined` is a group of its own: how often that was
+what it should say. The counts ship beside this file; `qklens bench planted` writes its own and says what held-out seeds
+make of them.
 """
 
 from __future__ import annotations
@@ -60,8 +62,13 @@ class Calibration(Strict):
         """How often a verdict like this was right, to three digits."""
         if mechanism == UNDETERMINED:
             return round(self.undetermined.confidence, 3)
-        reached = [group for group in self.named if group.least <= distance] or list(self.named[:1])
-        return round(reached[-1].confidence, 3)
+        distance = max(distance, 0.0)
+        reached = [group for group in self.named if group.least <= distance]
+        if reached:
+            return round(reached[-1].confidence, 3)
+        first = self.named[0]
+        half = min(0.5, first.confidence)
+        return round(half + (first.confidence - half) * distance / first.least, 3)
 
 
 def fit(verdicts: Iterable[tuple[str, float, bool]], made: str) -> Calibration:
@@ -81,13 +88,12 @@ def fit(verdicts: Iterable[tuple[str, float, bool]], made: str) -> Calibration:
         n = sum(distance <= named[min(size, len(named)) - 1][0] for distance, _ in named)
         some, named = named[:n], named[n:]
         pooled.append(Group(least=some[0][0], n=len(some), right=sum(right for _, right in some)))
-        while len(pooled) > 1 and pooled[-1].right * pooled[-2].n <= pooled[-2].right * pooled[-1].n:
+        while len(pooled) > 1 and pooled[-1].confidence <= pooled[-2].confidence:
             last, before = pooled.pop(), pooled.pop()
             pooled.append(Group(least=before.least, n=before.n + last.n, right=before.right + last.right))
-    first = pooled[0].model_copy(update={"least": 0.0}) if pooled else Group(least=0.0, n=0, right=0)
     return Calibration(
         made=made,
-        named=(first, *pooled[1:]),
+        named=tuple(pooled) or (Group(least=0.0, n=0, right=0),),
         undetermined=Group(least=0.0, n=len(other), right=sum(other)),
     )
 

@@ -12,6 +12,8 @@ shares are those of `analyses/mediation.py`.
     late_flip             the loss runs through neither the heads' outputs nor the belief, and what is written after the
                           heads restores it, while they still look at the correct option
     undetermined          anything else: two mechanisms share the loss, or the checks conflict
+
+Confidence is counted on planted models, see `calibration.py`.
 """
 
 from __future__ import annotations
@@ -218,5 +220,6 @@ def _evidence(name: str, value: float, relation: str, threshold: float) -> Evide
 
 def _strength(mechanism: str, distance: float) -> dict[str, Any]:
     """The mechanism, how far what decided lies from its threshold in typical errors, and how often such are right."""
+    distance = round(max(distance, 0.0), 4)
     confidence = shipped_calibration().confidence(mechanism, distance)
-    return {"mechanism": mechanism, "distance": round(max(distance, 0.0), 4), "confidence": confidence}
+    return {"mechanism": mechanism, "distance": distance, "confidence": confidence}
