@@ -41,7 +41,7 @@ METHODS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Confidence",
-        "How often verdicts whose deciding number lies as far from its threshold were right on planted models, where the "
+        "How often verdicts whose deciding number lies as far from its threshold were right on planted models, whose "
         "answer is known. Those are small, clean and far from most thresholds; a mechanism that nobody planted is not "
         "among them.",
     ),
