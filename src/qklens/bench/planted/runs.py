@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qklens.bench.planted.dictionaries import DictionaryKind, role_features, write_dictionary
-from qklens.bench.planted.folder import Planted, Spec, planted_model
+from qklens.bench.planted.folder import Planted, Spec, Truth, planted_model
 from qklens.bench.planted.words import items_file
 from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder
 from qklens.files import atomic_write, read_json, write_json
@@ -116,16 +116,7 @@ def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, resu
     chosen = {r.role: r.feature for r in results.roles if r.chosen}
     held = sorted(role for role, features in standing.items() if features)
     right = [role for role in held if chosen.get(role) in standing[role]]
-    values = {
-        (row.layer, row.head, row.query_role, row.key_role): row.value
-        for row in results.interactions
-        if row.kind == "realised" and row.condition == "harm"
-    }
-    signs = []
-    for pair in truth.signs:
-        value = values.get((pair.layer, pair.head, pair.query_role, pair.key_role))
-        if value is not None and value != 0 and {pair.query_role, pair.key_role} <= set(right):
-            signs.append((value > 0) == (pair.sign > 0))
+    signs = _signs(truth, set(right), results)
     return Run(
         spec=truth.spec,
         dictionary=kind,
@@ -143,3 +134,23 @@ def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, resu
         signs=signs if solved else [],
         cpu_seconds=0.0,
     )
+
+
+def _signs(truth: Truth, found: set[str], results: Results) -> list[bool]:
+    """Whether planted pairs have the planted sign on prompts where both of their sides are written.
+
+    Pressure's own pairs are read under harm, the others without it. Where harm takes the belief away there is no
+    correct-answer key left under harm for pressure to meet.
+    """
+    values = {
+        (row.layer, row.head, row.query_role, row.key_role): row.value
+        for row in results.interactions
+        if row.kind == "realised" and row.condition == ("harm" if row.query_role == "refuse_redirect" else "none")
+    }
+    signs = []
+    for pair in truth.signs:
+        erased = truth.expected == "belief_change" and pair.query_role == "refuse_redirect"
+        value = values.get((pair.layer, pair.head, pair.query_role, pair.key_role))
+        if value and not erased and {pair.query_role, pair.key_role} <= found:
+            signs.append((value > 0) == (pair.sign > 0))
+    return signs
