@@ -26,7 +26,7 @@ from qklens.bench.planted.figures import write_figures
 from qklens.bench.planted.folder import Spec
 from qklens.bench.planted.mechanisms import MECHANISMS
 from qklens.bench.planted.noise import LEVELS
-from qklens.bench.planted.runs import Run, run_one
+from qklens.bench.planted.runs import Run, kept_run, run_one
 from qklens.bench.planted.weights import ARCHITECTURES
 from qklens.errors import QklensError
 from qklens.files import write_json
@@ -65,13 +65,18 @@ def run_bench(
     Raises:
         QklensError: bad seeds, or a folder that cannot be written.
     """
-    todo = tasks(seeds, small=small)
-    runs: list[Run] = []
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for run in pool.map(_run, todo, [out] * len(todo)):
-            runs.append(run)
-            tick(len(runs), len(todo), run)
-    results = results_of(runs, seeds, small=small)
+    every = tasks(seeds, small=small)
+    done = {task: run for task in every if (run := kept_run(*task, out)) is not None}
+    for number, run in enumerate(done.values(), start=1):
+        tick(number, len(every), run)
+    todo = [task for task in every if task not in done]
+    if todo:
+        workers = min(processes, len(todo))
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            for task, run in zip(todo, pool.map(_run, todo, [out] * len(todo)), strict=True):
+                done[task] = run
+                tick(len(done), len(every), run)
+    results = results_of([done[task] for task in every], seeds, small=small)
     write_json(out / "bench.json", results)
     write_figures(results, out)
     return results

@@ -74,11 +74,8 @@ class Run(Strict):
 
 
 def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
-    """Run the study on a planted model, or take the run that is there."""
-    folder = out / "runs" / f"{spec.name}-{kind}"
-    kept = _kept(folder / RUN_FILE)
-    if kept is not None:
-        return kept
+    """Run the study on a planted model; one that was broken off goes on."""
+    folder = _folder(spec, kind, out)
     started = time.process_time()
     planted = planted_model(spec, out / "models")
     data = out / "planted.jsonl"
@@ -97,8 +94,13 @@ def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
     return run
 
 
-def _kept(path: Path) -> Run | None:
+def _folder(spec: Spec, kind: DictionaryKind, out: Path) -> Path:
+    return out / "runs" / f"{spec.name}-{kind}"
+
+
+def kept_run(spec: Spec, kind: DictionaryKind, out: Path) -> Run | None:
     """The run that is there, unless another version wrote it."""
+    path = _folder(spec, kind, out) / RUN_FILE
     if not path.is_file():
         return None
     try:
