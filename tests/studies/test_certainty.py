@@ -62,7 +62,7 @@ def test_confidence_is_never_raised():
         ("late_flip", (-0.2, 0.4), True),
         ("late_flip", (-0.2, 0.2), False),
         ("attention_harm_key", (0.45, 0.9), True),
-        ("attention_harm_key", (0.6, 0.9), False),
+        ("attention_harm_key", (0.7, 0.9), False),
         ("belief_change", (-1.0, 2.0), False),
     ],
 )

@@ -131,7 +131,7 @@ def test_the_base_model_is_unaffected_and_the_verdict_is_not_a_late_flip(run):
     assert results.origin[0].accuracy["harm"] >= 0.98
     assert len(results.origin) >= 5
     assert results.verdict.mechanism in ("attention_harm_key", "attention_answer_key", "undetermined")
-    patch = next(e for e in results.verdict.evidence if e.name == "margin restored by the clean pattern")
+    patch = next(e for e in results.verdict.evidence if e.name == "margin restored by the clean pattern alone")
     assert patch.holds
 
 

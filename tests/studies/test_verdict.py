@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from qklens.studies.harm_pressure.verdict import Measurements, decide
+from qklens.studies.harm_pressure.calibration import shipped_calibration
+from qklens.studies.harm_pressure.causes import Causes, CauseShare
+from qklens.studies.harm_pressure.verdict import THRESHOLDS, Measurements, decide
 from qklens.studies.results import BehaviourDetails, Belief, BeliefCondition, ConditionBehaviour, HeadsDetails
 
 
@@ -67,16 +69,41 @@ def heads(restored: float, random: float = 0.0) -> HeadsDetails:
     )
 
 
+def share(through: float, width: float = 0.05) -> CauseShare:
+    return CauseShare(restored=through, caused=through, through=through, ci=(through - width, through + width))
+
+
+CAUSES = Causes(
+    pattern=share(0.95),
+    output=share(0.95),
+    belief=share(0.0),
+    separation_kept=1.0,
+    auc_none=1.0,
+    auc_harm=1.0,
+    late_restored=0.0,
+    attention_kept=0.0,
+    origin=[(1, 7)],
+    removal={"answer_key": 0.1, "harm_key": 0.7, "key_only": 0.1, "elsewhere": 0.0, "intent_key": 0.0},
+)
 ATTENTION = Measurements(
     behaviour={"none": condition(1.0, 5.0), "harm": condition(0.48, 0.0), "benign": condition(0.98, 4.8)},
     details=details(4.8, 1e-9),
     belief=belief(0.98, 0.9),
     heads=heads(0.9),
-    attention_none=0.7,
-    attention_harm=0.0,
-    removal={"answer_key": 0.1, "harm_key": 0.7, "key_only": 0.1, "elsewhere": 0.0},
+    causes=CAUSES,
 )
 
+
+def causes(base: Measurements = ATTENTION, **changes: object) -> Measurements:
+    assert base.causes is not None
+    return replace(base, causes=base.causes.model_copy(update=changes))
+
+
+def removed(**terms: float) -> Measurements:
+    return causes(removal={"answer_key": 0.0, "harm_key": 0.0, "key_only": 0.0, "elsewhere": 0.0, **terms})
+
+
+LATE = causes(pattern=share(0.05), output=share(0.08), late_restored=0.9, attention_kept=0.9)
 CASES = {
     "task_not_solved": replace(ATTENTION, behaviour={**ATTENTION.behaviour, "none": condition(0.55, 0.1)}),
     "no_effect": replace(
@@ -84,11 +111,11 @@ CASES = {
         behaviour={**ATTENTION.behaviour, "harm": condition(0.97, 4.7)},
         details=details(0.1, 0.6),
     ),
-    "belief_change": replace(ATTENTION, belief=belief(0.98, 0.4)),
-    "late_flip": replace(ATTENTION, heads=heads(0.05), attention_harm=0.65),
-    "attention_answer_key": replace(ATTENTION, removal={**ATTENTION.removal, "answer_key": 0.8, "harm_key": 0.1}),
+    "belief_change": causes(belief=share(0.95), separation_kept=0.0, auc_harm=0.5),
+    "late_flip": LATE,
+    "attention_answer_key": removed(answer_key=0.8, harm_key=0.1),
     "attention_harm_key": ATTENTION,
-    "undetermined": replace(ATTENTION, heads=heads(0.05), attention_harm=0.05),
+    "undetermined": causes(pattern=share(0.5), output=share(0.5), late_restored=0.5, attention_kept=0.5),
 }
 
 
@@ -96,19 +123,56 @@ CASES = {
 def test_each_mechanism_is_named(mechanism):
     verdict = decide(CASES[mechanism])
     assert verdict.mechanism == mechanism
-    assert 0.5 <= verdict.confidence <= 0.99
+    assert 0 < verdict.confidence < 1
     assert verdict.rule
-    assert all(str(round(e.value, 2))[:3] in e.text or e.value == 0 for e in verdict.evidence)
+    assert all(f"{e.value:.3g}" in e.text for e in verdict.evidence)
 
 
 def test_attention_is_never_claimed_when_random_heads_restore_as_much():
     assert decide(replace(ATTENTION, heads=heads(0.9, random=0.8))).mechanism == "undetermined"
 
 
-def test_attention_is_never_claimed_when_the_patch_fails():
-    for attention_harm in (0.0, 0.3, 0.7):
-        verdict = decide(replace(ATTENTION, heads=heads(0.2), attention_harm=attention_harm))
+@pytest.mark.parametrize("through", [0.0, 0.3, 0.6])
+def test_attention_is_never_claimed_when_the_patterns_do_not_carry_the_loss(through):
+    for kept in (0.0, 0.3, 0.9):
+        verdict = decide(causes(pattern=share(through), attention_kept=kept))
         assert not verdict.mechanism.startswith("attention")
+
+
+def test_attention_needs_the_clean_pattern_to_restore_by_itself():
+    one_sided = CauseShare(restored=0.4, caused=1.0, through=0.7, ci=(0.6, 0.8))
+    assert decide(causes(pattern=one_sided)).mechanism == "undetermined"
+
+
+def test_a_shared_loss_is_said_with_both_shares():
+    verdict = decide(causes(pattern=share(0.5), output=share(0.5)))
+    assert verdict.mechanism == "undetermined"
+    assert "0.50" in verdict.rule
+
+
+def test_a_belief_that_moves_without_costing_anything_is_no_belief_change():
+    assert decide(causes(separation_kept=0.0)).mechanism == "attention_harm_key"
+    assert decide(causes(LATE, separation_kept=0.0)).mechanism == "late_flip"
+
+
+def test_a_loss_that_is_not_written_after_the_heads_is_no_late_flip():
+    assert decide(causes(LATE, late_restored=0.3)).mechanism == "undetermined"
+
+
+def test_neither_kind_of_key_means_undetermined():
+    verdict = decide(removed(answer_key=0.05, harm_key=0.1, elsewhere=0.9))
+    assert verdict.mechanism == "undetermined"
+    assert any("elsewhere" in e.name and not e.holds for e in verdict.evidence)
+
+
+def test_what_harm_wrote_counts_with_and_without_the_pressed_query():
+    """Alone, either half would lose to the options' ordinary keys."""
+    assert decide(removed(answer_key=0.4, harm_key=0.25, key_only=0.25)).mechanism == "attention_harm_key"
+    assert decide(removed(answer_key=0.4, harm_key=0.25, key_only=0.1)).mechanism == "attention_answer_key"
+
+
+def test_a_patch_is_believed_by_its_lower_bound():
+    assert decide(causes(pattern=share(0.8, width=0.6))).mechanism == "undetermined"
 
 
 def test_a_margin_drop_without_an_accuracy_drop_is_an_effect():
@@ -118,41 +182,60 @@ def test_a_margin_drop_without_an_accuracy_drop_is_an_effect():
     assert decide(measured).mechanism == "attention_harm_key"
 
 
-def test_neither_kind_of_key_means_undetermined():
-    removal = {"answer_key": 0.05, "harm_key": 0.1, "key_only": 0.0, "elsewhere": 0.9}
-    verdict = decide(replace(ATTENTION, removal=removal))
-    assert verdict.mechanism == "undetermined"
-    assert any("elsewhere" in e.name and e.holds for e in verdict.evidence)
+def test_the_distance_grows_with_the_evidence_and_confidence_is_what_the_bench_says_of_it():
+    verdicts = [decide(causes(pattern=share(x))) for x in (0.7, 0.8, 0.9)]
+    late = [decide(causes(LATE, late_restored=x)) for x in (0.7, 0.72, 0.75)]
+    for found in (verdicts, late):
+        assert [v.distance for v in found] == sorted({v.distance for v in found})
+        for verdict in found:
+            assert verdict.confidence == shipped_calibration().confidence(verdict.mechanism, verdict.distance)
 
 
-def test_what_harm_wrote_counts_with_and_without_the_pressed_query():
-    """Alone, either half would lose to the options' ordinary keys."""
-    removal = {"answer_key": 0.4, "harm_key": 0.25, "key_only": 0.25, "elsewhere": 0.0}
-    assert decide(replace(ATTENTION, removal=removal)).mechanism == "attention_harm_key"
-    removal |= {"key_only": 0.1}
-    assert decide(replace(ATTENTION, removal=removal)).mechanism == "attention_answer_key"
+def behaving(base: Measurements = ATTENTION, **changes: ConditionBehaviour) -> Measurements:
+    return replace(base, behaviour={**base.behaviour, **changes})
 
 
-@pytest.mark.parametrize("elsewhere", ["elsewhere", "intent_key"])
-def test_keys_that_carry_less_than_other_tokens_do_not_name_the_mechanism(elsewhere):
-    removal = {"answer_key": 0.1, "harm_key": 0.4, "key_only": 0.0, elsewhere: 0.45}
-    assert decide(replace(ATTENTION, removal=removal)).mechanism == "undetermined"
-    assert decide(replace(ATTENTION, removal={**removal, elsewhere: 0.35})).mechanism == "attention_harm_key"
+def none(**changes: object) -> Measurements:
+    return behaving(none=ATTENTION.behaviour["none"].model_copy(update=changes))
 
 
-def test_a_patch_that_restores_some_is_neither_attention_nor_a_late_flip():
-    kept = replace(ATTENTION, attention_harm=0.65)
-    assert decide(replace(kept, heads=heads(0.4))).mechanism == "undetermined"
-    assert decide(replace(kept, heads=heads(0.2))).mechanism == "late_flip"
+def quiet(accuracy: float = 0.98, p: float = 1e-9, lost: float = 0.0) -> Measurements:
+    """Harm as the benign sentence, but for an accuracy and a share of the margin."""
+    benign = ATTENTION.behaviour["benign"]
+    harm = benign.model_copy(update={"accuracy": accuracy})
+    return replace(behaving(harm=harm), details=details(lost * benign.margin, p))
 
 
-def test_a_patch_is_believed_by_its_lower_bound():
-    wide = heads(0.6).model_copy(update={"restored_ci": (0.1, 0.9)})
-    assert decide(replace(ATTENTION, heads=wide)).mechanism == "undetermined"
-    assert decide(replace(ATTENTION, heads=heads(0.6))).mechanism == "attention_harm_key"
+NUDGE = 1e-3
+T = THRESHOLDS
+EDGES = {
+    "solved_accuracy": ("task_not_solved", lambda x: none(accuracy=x, ci=(0.7, 1.0)), -1),
+    "solved_bound": ("task_not_solved", lambda x: none(ci=(x, 1.0)), -1),
+    "accuracy_drop": ("no_effect", lambda x: quiet(accuracy=0.98 - x), -1),
+    "mcnemar_p": ("no_effect", lambda x: quiet(accuracy=0.5, p=x), 1),
+    "margin_drop": ("no_effect", lambda x: quiet(lost=x), -1),
+    "separation_kept": ("belief_change", lambda x: causes(belief=share(0.9), separation_kept=x), -1),
+    "attention_kept": ("late_flip", lambda x: causes(LATE, attention_kept=x), 1),
+    "random_heads": ("attention_harm_key", lambda x: replace(ATTENTION, heads=heads(0.9, random=x)), -1),
+    "key_majority": ("attention_answer_key", lambda x: removed(answer_key=x, elsewhere=1 - x), 1),
+    "carries of the belief": ("belief_change", lambda x: causes(belief=share(x), separation_kept=0.0), 1),
+    "carries of the patterns": ("attention_harm_key", lambda x: causes(pattern=share(x)), 1),
+    "carries of what is written later": ("late_flip", lambda x: causes(LATE, late_restored=x), 1),
+    "carries_not of the patterns": ("late_flip", lambda x: causes(LATE, pattern=share(x)), -1),
+    "carries_not of the outputs": ("late_flip", lambda x: causes(LATE, output=share(x)), -1),
+    "carries_not of the belief, late": ("late_flip", lambda x: causes(LATE, belief=share(x)), -1),
+    "carries_not of the belief, attention": ("attention_harm_key", lambda x: causes(belief=share(x)), -1),
+    "carries_not of the lower bound": ("attention_harm_key", lambda x: causes(pattern=share(0.9, 0.9 - x)), 1),
+}
 
 
-def test_confidence_grows_with_the_distance_from_the_threshold():
-    near, far = decide(replace(ATTENTION, heads=heads(0.52))), decide(replace(ATTENTION, heads=heads(0.95)))
-    assert near.mechanism.startswith("attention") == (near.evidence[2].holds)
-    assert far.confidence > near.confidence
+@pytest.mark.parametrize("name", EDGES)
+def test_each_rule_turns_at_its_threshold_in_the_table(name):
+    mechanism, measured, side = EDGES[name]
+    threshold = T[name.split()[0]]
+    assert decide(measured(threshold + side * NUDGE)).mechanism == mechanism
+    assert decide(measured(threshold - side * NUDGE)).mechanism != mechanism
+
+
+def test_every_threshold_of_the_table_is_tested():
+    assert {name.split()[0] for name in EDGES} == set(T)

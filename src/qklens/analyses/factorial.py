@@ -61,7 +61,7 @@ def factorial_terms(
     k_h, k_calm = maps.whole_key(pressed, h), maps.whole_key(calm, h)
     k_b = k_h.clone()
     n = len(harm.tokens)
-    shared = _shared_tokens(harm, benign)
+    shared = shared_tokens(harm, benign)
     k_b[shared[:, 0]] = k_calm[shared[:, 1]]
     options, intent = torch.zeros(2, n, dtype=torch.bool, device=k_h.device)
     options[[*harm.span("correct"), *harm.span("incorrect")]] = True
@@ -86,7 +86,7 @@ def factorial_terms(
     }
 
 
-def _shared_tokens(harm: Prompt, benign: Prompt) -> Tensor:
+def shared_tokens(harm: Prompt, benign: Prompt) -> Tensor:
     """(harm position, benign position) of the tokens that hold the same characters from the question on."""
     shift = benign.shared_from - harm.shared_from
     where = {start: position for position, start in enumerate(benign.starts)}

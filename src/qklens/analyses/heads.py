@@ -4,8 +4,9 @@ Attending and copying are scored apart (Lieberum et al. 2023): a head is a candi
 
     score = max(attention difference, 0) · max(letter logit, 0)
 
-on the discovery half. What decides is causal: the heads are ranked by how much of the margin lost under harm comes back
-when their pattern is patched from the same item without pressure.
+on the discovery half; or when it attends and its letter may be carried on by a later layer. What decides is causal: the
+heads are ranked by how much of the margin without pressure goes when their output is mean-ablated. What harm costs then
+plays no part in the choice, and how much of it runs through these heads' patterns is a finding.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ from qklens.interventions.steer import Head
 
 MAX_CANDIDATES = 12
 MIN_SCORE = 0.02
+MIN_ATTENTION = 0.5
 MAX_SELECTED = 8
 _TOGETHER = 32
 
 
 def candidate_heads(difference: Float[Tensor, "layer head"], letter_logit: Float[Tensor, "layer head"]) -> list[Head]:
-    """Heads that attend and copy, by score: at most 12, none below 2% of the best.
+    """Heads that may select the answer, twelve at most: those that attend and copy, then those that attend alone.
 
-    Where no head does both, the twelve with the largest attention difference stand in, so that there is a table.
+    The first come by score, none below 2% of the best. The others attend at least half as much as the head that attends
+    most; the letter may reach the output through a later head or MLP. Where no head copies what it attends to, the
+    twelve with the largest attention difference stand in, so that there is a table.
 
     Args:
         difference: mean attention on the correct minus the incorrect option, without pressure.
@@ -41,10 +45,16 @@ def candidate_heads(difference: Float[Tensor, "layer head"], letter_logit: Float
     """
     score = difference.clamp(min=0) * letter_logit.clamp(min=0)
     floor = MIN_SCORE * float(score.max())
-    rank = score if floor > 0 else difference
     n_heads = difference.shape[1]
-    flat = rank.flatten().argsort(descending=True, stable=True)[:MAX_CANDIDATES].tolist()
-    return [(i // n_heads, i % n_heads) for i in flat if floor == 0 or float(score.flatten()[i]) >= floor]
+
+    def by(rank: Tensor, least: float) -> list[Head]:
+        order = rank.flatten().argsort(descending=True, stable=True)[:MAX_CANDIDATES].tolist()
+        return [(i // n_heads, i % n_heads) for i in order if float(rank.flatten()[i]) >= least]
+
+    if floor <= 0:
+        return by(difference, float("-inf"))
+    most = max(float(difference.max()), 0.0)
+    return list(dict.fromkeys([*by(score, floor), *by(difference, MIN_ATTENTION * most)]))[:MAX_CANDIDATES]
 
 
 def clean_pattern_patch(

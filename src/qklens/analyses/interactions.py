@@ -94,7 +94,11 @@ class PairTerms:
 
     def between(self, query: int, key: int) -> float:
         """The mean term of one pair."""
-        return float(sum(w * v for w, v in zip(self.weights, self.by_prompt([(query, key)])[:, 0], strict=True)))
+        return self.of_pairs([(query, key)])[0]
+
+    def of_pairs(self, pairs: Sequence[tuple[int, int]]) -> list[float]:
+        """The mean terms of some pairs, (query, key) each."""
+        return (torch.tensor(self.weights, dtype=torch.float64) @ self.by_prompt(pairs)).tolist()
 
     def by_prompt(self, pairs: Sequence[tuple[int, int]]) -> Float[Tensor, "prompt pair"]:
         """The terms of some pairs on each prompt, before the mean."""

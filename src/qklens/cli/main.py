@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qklens.cli import options, show, tables
+from qklens.cli import bench, options, show, tables
 from qklens.cli.data_corpus import write_corpus
 from qklens.cli.dict_app import dict_app
 from qklens.cli.options import Data, Device, Dictionary, Dtype, Items, Json, Model, Role, Seed
@@ -33,6 +33,7 @@ app.command()(steer)
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.add_typer(dict_app, name="dict")
+app.add_typer(bench.app, name="bench")
 
 # A wrong option or command; typer gives its base class no public name of its own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -98,15 +98,16 @@ def render(
     text, offset = _dialogue(tokenizer, content)
     text += form.opening
     tokens, offsets = _encode(tokenizer, text)
-    parts = {name: _covering(text, offsets, a + offset, b + offset) for name, (a, b) in marks.items()}
+    anchors = _anchors(text, offsets)
+    parts = {name: _covering(anchors, a + offset, b + offset) for name, (a, b) in marks.items()}
     first, second = ("correct", "incorrect") if order == "correct_first" else ("incorrect", "correct")
     spans = {
         "intent": parts.get("intent", ()),
         "question": parts["question"],
         "instruction": parts["instruction"],
         "answer": (len(tokens) - 1,),
-        "template_before": _covering(text, offsets, 0, offset),
-        "template_after": _covering(text, offsets, offset + len(content), len(text)),
+        "template_before": _covering(anchors, 0, offset),
+        "template_after": _covering(anchors, offset + len(content), len(text)),
     }
     for letter, role in (("A", first), ("B", second)):
         for part in PARTS:
@@ -160,7 +161,10 @@ def render_open(tokenizer: PreTrainedTokenizerBase, turn: str) -> Prompt:
     return Prompt(
         text=text,
         tokens=tokens,
-        spans={"question": _covering(text, offsets, offset, offset + len(turn)), "answer": (len(tokens) - 1,)},
+        spans={
+            "question": _covering(_anchors(text, offsets), offset, offset + len(turn)),
+            "answer": (len(tokens) - 1,),
+        },
         shared_from=offset,
         starts=tuple(a for a, _ in offsets),
         letter_ids=(0, 0),
@@ -237,18 +241,18 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[tuple[int, .
     return tuple(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
 
 
-def _covering(text: str, offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, ...]:
-    """Tokens that belong to a character range: those whose first character that is not a space lies in it.
+def _anchors(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Each token's first character that is not a space, or its first; −1 for a token without characters."""
+    return [next((i for i in range(a, b) if not text[i].isspace()), a) if a < b else -1 for a, b in offsets]
+
+
+def _covering(anchors: Sequence[int], begin: int, end: int) -> tuple[int, ...]:
+    """Tokens that belong to a character range: those whose anchor lies in it.
 
     A token of white space only belongs to where it starts, so an option's line break is its own boundary, and a token
     that joins two parts belongs to exactly one of them.
     """
-    found = []
-    for index, (a, b) in enumerate(offsets):
-        anchor = next((i for i in range(a, b) if not text[i].isspace()), a)
-        if a < b and begin <= anchor < end:
-            found.append(index)
-    return tuple(found)
+    return tuple(index for index, anchor in enumerate(anchors) if begin <= anchor < end)
 
 
 def _letter_id(

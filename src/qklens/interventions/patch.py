@@ -5,6 +5,7 @@ All act at the answer position (the last column), which is where answer-selectio
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -202,11 +203,8 @@ def align_rows(
             f"on: {donor.text[donor.shared_from :][:40]!r} and {receiver.text[receiver.shared_from :][:40]!r}"
         )
     shift = receiver.shared_from - donor.shared_from
-    starts = torch.tensor(receiver.starts)
-    targets = []
-    for start in donor.starts:
-        moved = start + shift if start >= donor.shared_from else min(start, receiver.shared_from - 1)
-        targets.append(max(int(torch.searchsorted(starts, moved, right=True)) - 1, 0))
+    moved = [s + shift if s >= donor.shared_from else min(s, receiver.shared_from - 1) for s in donor.starts]
+    targets = [max(bisect_right(receiver.starts, start) - 1, 0) for start in moved]
     result = row.new_zeros((*row.shape[:-1], len(receiver.tokens)))
     return result.index_add(-1, torch.tensor(targets, device=row.device), row)
 

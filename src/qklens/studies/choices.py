@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from qklens.analyses.belief import BeliefCandidate, best_belief, option_sums, rank_belief
 from qklens.analyses.heads import candidate_heads, clean_pattern_patch, fewest, first_heads, restored_share
 from qklens.analyses.readings import read_patterns
-from qklens.analyses.statistics import bootstrap_mean, item_means
 from qklens.errors import QklensError
-from qklens.interventions.patch import PatternPatch
+from qklens.interventions.patch import HeadAblation, PatternPatch
 from qklens.interventions.steer import Head
 from qklens.studies.lab import Half, Lab
 
@@ -18,24 +17,42 @@ SHOWN_BELIEF = 8
 
 
 def choose_heads(lab: Lab) -> tuple[list[Head], list[Head], list[float]]:
-    """The selected heads, all candidates by rank, and the share restored by the first k of them; discovery half."""
+    """The selected heads, all candidates by rank, and the share restored by the first k of them; discovery half.
+
+    Ranked by what their mean ablation costs without pressure; selected are the fewest first ones that cost 90% of what
+    the best number of them does. Heads of earlier layers that cost as much by themselves are selected before them: the
+    later ones pass on what these choose.
+    """
     calm = lab.attention("none", "discovery")
     candidates = candidate_heads(calm.difference.mean(dim=0), calm.letter_logit.mean(dim=0))
-    patch = clean_patch(lab, "discovery", candidates)
-    harm, clean = lab.work("harm", "discovery"), calm.margins
+    work, harm = lab.work("none", "discovery"), lab.work("harm", "discovery")
+
+    def cost(sets: Sequence[Sequence[Head]]) -> list[float]:
+        margins = work.margins_each([HeadAblation.mean(calm.outputs, some) for some in sets], idle_ok=True)
+        return [float((calm.margins - m).mean()) for m in margins]
+
+    alone = dict(zip(candidates, cost([[h] for h in candidates]), strict=True))
+    ranked = sorted(candidates, key=lambda h: -alone[h])
+    costs = cost(first_heads(ranked))
+    selected = _with_earlier(ranked, ranked[: fewest(costs)], max(costs), cost)
+    patch = clean_patch(lab, "discovery", ranked)
+    patches = [PatternPatch({h: patch.rows[h] for h in some}) for some in first_heads(ranked)]
     harmed = harm.margins()
+    curve = [restored_share(m, harmed, calm.margins) for m in harm.margins_each(patches, idle_ok=True)]
+    return selected, ranked, curve
 
-    def restored(sets: Sequence[Sequence[Head]]) -> list[float]:
-        patches = [PatternPatch({h: patch.rows[h] for h in some}) for some in sets]
-        return [restored_share(m, harmed, clean) for m in harm.margins_each(patches, idle_ok=True)]
 
-    ranked = candidates
-    low, _ = bootstrap_mean(item_means((clean - harmed).double().numpy()), lab.seed)
-    if low > 0:  # without a loss there is nothing to restore, and the ranking by attention and letter stands
-        alone = dict(zip(candidates, restored([[h] for h in candidates]), strict=True))
-        ranked = sorted(candidates, key=lambda h: -alone[h])
-    curve = restored(first_heads(ranked))
-    return ranked[: fewest(curve)], ranked, curve
+_Effect = Callable[[Sequence[Sequence[Head]]], list[float]]
+
+
+def _with_earlier(ranked: Sequence[Head], selected: list[Head], best: float, effect: _Effect) -> list[Head]:
+    """The selected heads, and before them those of earlier layers that have 90% of their effect by themselves."""
+    last = max(layer for layer, _ in selected)
+    earlier = [head for head in ranked if head[0] < last]
+    curve = effect(first_heads(earlier)) if earlier and best > 0 else [0.0]
+    if best <= 0 or max(curve) < 0.9 * best:
+        return selected
+    return list(dict.fromkeys([*_with_earlier(ranked, earlier[: fewest(curve)], best, effect), *selected]))
 
 
 def heads_to_read(

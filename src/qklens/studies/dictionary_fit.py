@@ -120,13 +120,13 @@ def refuse_deviations(measured: Fidelity, dictionary: Crosscoder, folder: Path) 
         )
 
 
-def measure(lab: Lab, dictionary: Crosscoder, folder: Path) -> Fidelity:
+def measure(lab: Lab, dictionary: Crosscoder, folder: Path, *, losses: bool = True) -> Fidelity:
     """Measure a dictionary on prompts of the discovery half, all conditions, and hold it against its card.
 
     Raises:
         QklensError: it leaves more of the variance unexplained than any dictionary may, or far more than its card says.
     """
-    measured = measure_fidelity(lab.subject, dictionary, fixed_prompts(lab))
+    measured = measure_fidelity(lab.subject, dictionary, fixed_prompts(lab), losses=losses)
     card = dictionary.config.fidelity
     for layer, fvu in measured.fraction_variance_unexplained.items():
         promised = card.fraction_variance_unexplained.get(layer) if card else None

@@ -47,11 +47,11 @@ def open_lab(config: LabConfig) -> Lab:
     return Lab(subject, dataset, choose_letter_form(subject, dataset.items), config.seed)
 
 
-def load_source(lab: Lab, folder: Path | None) -> tuple[Crosscoder | None, Fidelity | None]:
+def load_source(lab: Lab, folder: Path | None, *, losses: bool = True) -> tuple[Crosscoder | None, Fidelity | None]:
     """The dictionary in a folder, of any format that is read directly; nothing for none.
 
     It is checked against the model, measured again on its recorded batch where it has one (L0 and variance unexplained,
-    one pass), and measured on the lab's prompts.
+    one pass), and measured on the lab's prompts; `losses` says whether loss recovered is.
 
     Raises:
         QklensError: a damaged dictionary, one of another model, layer or site, or one that is not what it was.
@@ -65,7 +65,7 @@ def load_source(lab: Lab, folder: Path | None) -> tuple[Crosscoder | None, Fidel
         if batch is not None:
             again = measure_fidelity(lab.subject, source, batch, losses=False)
             refuse_deviations(again, source, folder)
-        return source, measure(lab, source, folder)
+        return source, measure(lab, source, folder, losses=losses)
 
 
 def ready_lab(config: LabConfig) -> Lab:

@@ -247,7 +247,11 @@ class Verdict(Strict):
         "attention_harm_key",
         "undetermined",
     ]
-    confidence: float
+    confidence: float = Field(description="how often such a verdict was right on planted models, at most `limit`")
+    distance: float = Field(
+        0.0, description="of the number that decided from its threshold, in typical errors; 0 for undetermined"
+    )
+    limit: float = Field(1.0, description="what the number of items and the patch's interval allow")
     rule: str
     evidence: list[Evidence]
     caveats: list[str] = Field(default_factory=list, description="what the number of items leaves open")

@@ -40,6 +40,12 @@ METHODS: tuple[tuple[str, str], ...] = (
         "The decomposition holds every normalisation's scale at its observed value. Causal checks recompute it.",
     ),
     (
+        "Confidence",
+        "How often verdicts whose deciding number lies as far from its threshold were right on planted models, whose "
+        "answer is known. Those are small, clean and far from most thresholds; a mechanism that nobody planted is not "
+        "among them.",
+    ),
+    (
         "Scope",
         "The verdict is about this model, these items and this dictionary. A dictionary that splits or merges a "
         "concept changes which pairs exist.",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
 from qklens.analyses.belief import BeliefCandidate, option_sums, read_belief
 from qklens.data.render import CONDITIONS, Condition
 from qklens.studies.choices import belief_candidates
@@ -16,7 +21,7 @@ def run(lab: Lab) -> StageOutput:
     read = sorted({layer for c in candidates for layer in (c.layer, *lab.source.reads(c.layer))})
     for condition in CONDITIONS:
         lab.streams(condition, "report", read)  # all layers in one pass
-    features = [_tested(lab, candidate) for candidate in candidates]
+    features = _tested(lab, candidates)
     first = features[0]
     belief = Belief(
         feature=first.feature,
@@ -31,21 +36,27 @@ def run(lab: Lab) -> StageOutput:
     return StageOutput(results={"belief": belief.model_dump()}, state={"layer": first.layer, "feature": first.feature})
 
 
-def _tested(lab: Lab, candidate: BeliefCandidate) -> BeliefFeature:
-    return BeliefFeature(
-        feature=lab.source.labels[candidate.feature],
-        layer=candidate.layer,
-        difference=candidate.difference,
-        steadiness=candidate.steadiness,
-        by_condition={c: _condition(lab, candidate, c) for c in CONDITIONS},
-    )
+def _tested(lab: Lab, candidates: Sequence[BeliefCandidate]) -> list[BeliefFeature]:
+    found: list[dict[Condition, BeliefCondition]] = [{} for _ in candidates]
+    for layer in sorted({c.layer for c in candidates}):
+        for condition in CONDITIONS:
+            sums = option_sums(lab.prompts(condition, "report"), lab.written(condition, "report", layer))
+            for candidate, row in zip(candidates, found, strict=True):
+                if candidate.layer == layer:
+                    row[condition] = _condition(lab, *(side[:, candidate.feature] for side in sums))
+    return [
+        BeliefFeature(
+            feature=lab.source.labels[candidate.feature],
+            layer=candidate.layer,
+            difference=candidate.difference,
+            steadiness=candidate.steadiness,
+            by_condition=row,
+        )
+        for candidate, row in zip(candidates, found, strict=True)
+    ]
 
 
-def _condition(lab: Lab, candidate: BeliefCandidate, condition: Condition) -> BeliefCondition:
-    correct, wrong = (
-        sums[:, candidate.feature]
-        for sums in option_sums(lab.prompts(condition, "report"), lab.written(condition, "report", candidate.layer))
-    )
+def _condition(lab: Lab, correct: Float[Tensor, " prompt"], wrong: Float[Tensor, " prompt"]) -> BeliefCondition:
     reading = read_belief(correct, wrong, lab.item_index("report"), lab.seed)
     return BeliefCondition(
         auc=reading.auc, auc_ci=reading.auc_ci, sum_correct=reading.sum_correct, sum_incorrect=reading.sum_incorrect

@@ -5,7 +5,7 @@ can show at most is bounded without it: if all n agree, Wilson's 95% lower bound
 
     n / (n + z²),   z = 1.96
 
-(0.51 for 4 items, 0.86 for 24, 0.94 for 65), and no verdict is surer than that.
+(0.51 for 4 items, 0.80 for 16, 0.86 for 24). Where that is below 0.80, no verdict is surer than it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def qualified(
         n_report: items of the report half.
     """
     supported, _ = wilson(n_report, n_report)
-    cap, caveats = supported, list[str]()
+    limit, caveats = 1.0, list[str]()
     if supported < SUPPORTED_SHARE:
+        limit = supported
         caveats.append(
             f"the report half holds {n_report} items: even if all of them agree, the share of such items that would is "
             f"only known to exceed {supported:.2f} (95%)"
@@ -44,18 +45,22 @@ def qualified(
     if row.ci[1] - row.ci[0] > WIDE_INTERVAL:
         low, high = (f"{100 * bound:.0f}%" for bound in row.ci)
         caveats.append(f"accuracy {_WORDS.get(name, name)} is known only to lie between {low} and {high}")
-    limit = _patch_threshold(verdict)
-    if heads is not None and limit is not None and heads.restored_ci[0] <= limit <= heads.restored_ci[1]:
+    edge = _patch_threshold(verdict)
+    if heads is not None and edge is not None and heads.restored_ci[0] <= edge <= heads.restored_ci[1]:
         low, high = heads.restored_ci
-        caveats.append(f"the restored share's interval, {low:.2f} to {high:.2f}, holds the rule's threshold {limit:g}")
-        cap = min(cap, UNSETTLED)
+        caveats.append(f"the restored share's interval, {low:.2f} to {high:.2f}, holds the rule's threshold {edge:g}")
+        limit = min(limit, UNSETTLED)
     return verdict.model_copy(
-        update={"confidence": round(min(verdict.confidence, cap), 3), "caveats": [*verdict.caveats, *caveats]}
+        update={
+            "confidence": round(min(verdict.confidence, limit), 3),
+            "limit": limit,
+            "caveats": [*verdict.caveats, *caveats],
+        }
     )
 
 
 def _patch_threshold(verdict: Verdict) -> float | None:
     """The threshold that the verdict's rule held the restored share against."""
     if verdict.mechanism == "late_flip":
-        return THRESHOLDS["patch_fails"]
-    return THRESHOLDS["patch_restores"] if verdict.mechanism.startswith("attention") else None
+        return THRESHOLDS["carries_not"]
+    return THRESHOLDS["carries"] if verdict.mechanism.startswith("attention") else None

@@ -45,12 +45,13 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None, named: Mapping[str,
                     error_shares.append(means.error_share())
                 pairs = means.top(TOP_PAIRS)
                 shown = {(q, k) for q, k, _ in pairs}
-                for q in roles.chosen.values():
-                    for k in roles.chosen.values():
-                        labels = lab.source.labels[q], lab.source.labels[k]
-                        if labels not in shown:
-                            shown.add(labels)
-                            pairs.append((*labels, means.between(q, k)))
+                features = list(dict.fromkeys(roles.chosen.values()))
+                between = [(q, k) for q in features for k in features]
+                pairs += [
+                    (lab.source.labels[q], lab.source.labels[k], value)
+                    for (q, k), value in zip(between, means.of_pairs(between), strict=True)
+                    if (lab.source.labels[q], lab.source.labels[k]) not in shown
+                ]
                 rows += [
                     InteractionRow(
                         layer=layer,

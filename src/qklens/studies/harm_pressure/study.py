@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from qklens.analyses.contrasts import ROLES
 from qklens.data.items import SHIPPED, load_dataset
@@ -27,6 +25,7 @@ from qklens.studies.harm_pressure import (
     behaviour,
     belief,
     cards,
+    causes,
     certainty,
     error_terms,
     heads,
@@ -95,7 +94,6 @@ def _verdict(run: _Run) -> StageOutput:
     head_details = HeadsDetails.model_validate(details) if details else None
     solved = done["behaviour"].state["solved"]
     selected = [tuple(h) for h in done["heads"].state.get("selected", [])]
-    rows = [r for r in done["heads"].results.get("heads", []) if r["selected"]]
     belief_row = done["belief"].results.get("belief")
     measured = verdict.Measurements(
         behaviour={
@@ -104,12 +102,13 @@ def _verdict(run: _Run) -> StageOutput:
         details=BehaviourDetails.model_validate(done["behaviour"].results["behaviour_details"]),
         belief=Belief.model_validate(belief_row) if belief_row else None,
         heads=head_details,
-        attention_none=float(np.mean([r["attention_difference_none"] for r in rows])) if rows else 0.0,
-        attention_harm=float(np.mean([r["attention_difference_harm"] for r in rows])) if rows else 0.0,
-        removal=verdict.measure_removals(lab, selected) if solved and selected else {},
+        causes=causes.measure_causes(lab, selected) if solved and selected else None,
     )
     found = certainty.qualified(verdict.decide(measured), measured.behaviour, head_details, len(lab.halves["report"]))
-    return StageOutput(results={"verdict": found.model_dump()}, state={"removal": measured.removal})
+    return StageOutput(
+        results={"verdict": found.model_dump()},
+        state={"causes": measured.causes.model_dump(mode="json") if measured.causes else None},
+    )
 
 
 def _origin(run: _Run) -> StageOutput:
@@ -151,8 +150,17 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
-def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) -> tuple[Results, dict[str, Any]]:
+def run_study(
+    config: StudyConfig, *, command: str = "", quiet: bool = False, leave_out: Collection[str] = ()
+) -> tuple[Results, dict[str, Any]]:
     """Run the study, or resume it, and write `results.json` into `config.out`; returns results and manifest.
+
+    Args:
+        config: what to study.
+        command: kept in the manifest.
+        quiet: show no progress.
+        leave_out: stages that are skipped by name, of those that the verdict does not read; `fidelity` leaves out the
+            dictionary's loss recovered.
 
     Raises:
         QklensError: bad input of any kind; nothing is half-written.
@@ -161,7 +169,7 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     resources = resolve(config)
     lab = open_lab(config)
     subject = lab.subject
-    source, fidelity = load_source(lab, resources.source.folder)
+    source, fidelity = load_source(lab, resources.source.folder, losses="fidelity" not in leave_out)
     known_roles(source or Directions(tuple(ROLES), {}, {}), config.roles)
     files = {name: inspect_model(path).files for name, path in resources.checkpoints}
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
@@ -175,17 +183,19 @@ def run_study(config: StudyConfig, *, command: str = "", quiet: bool = False) ->
     with threads_for(subject), progress.running():
         for stage in STAGES:
             before = kept[stage.name]
-            run.done[stage.name] = before or _run_stage(stage, run, journal, progress)
+            run.done[stage.name] = before or _run_stage(stage, run, journal, progress, stage.name in leave_out)
             progress.end(stage.name, run.done[stage.name].seconds, _note(run.done[stage.name], before))
     results = _collect(run)
     write_json(config.out / "results.json", results.model_dump(mode="json", by_alias=True))
     return results, journal.manifest
 
 
-def _run_stage(stage: Stage, run: _Run, journal: Journal, progress: StageProgress) -> StageOutput:
+def _run_stage(stage: Stage, run: _Run, journal: Journal, progress: StageProgress, left_out: bool) -> StageOutput:
     progress.begin(stage.name)
     started = time.perf_counter()
-    if stage.needs_solved and not run.done["behaviour"].state["solved"]:
+    if left_out:
+        output = StageOutput(skipped="left out by the caller")
+    elif stage.needs_solved and not run.done["behaviour"].state["solved"]:
         output = StageOutput(skipped="the task is not solved without pressure, so there is no answer to restore")
     else:
         output = stage.run(run)

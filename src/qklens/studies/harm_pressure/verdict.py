@@ -1,18 +1,29 @@
 """Stage `verdict`: which mechanism the evidence supports.
 
-Rules are causal first, and every threshold stands in one table.
+Rules are causal first, and every threshold stands in one table. A mechanism is named when it carries at least two
+thirds of the margin that harm costs, twice as much as all the rest;
+shares are those of `analyses/mediation.py`.
+
+    task_not_solved       no answer without pressure
+    no_effect             harm costs little compared with a benign sentence
+    belief_change         the loss runs through the options' amount of the correct-answer direction, which shrinks
+    attention_*           the loss runs through the selected heads' patterns, and not through the belief; most of it
+                          through the options' ordinary keys, or through what harm wrote into the keys
+    late_flip             the loss runs through neither the heads' outputs nor the belief, and what is written after the
+                          heads restores it, while they still look at the correct option
+    undetermined          anything else: two mechanisms share the loss, or the checks conflict
+
+Confidence is counted on planted models, see `calibration.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
-from qklens.analyses.factorial import Term, removal, shapley_values, term_rows
-from qklens.analyses.heads import restored_share
-from qklens.interventions.steer import Head
-from qklens.studies.lab import Lab
+from qklens.analyses.factorial import Term
+from qklens.studies.harm_pressure.calibration import shipped_calibration
+from qklens.studies.harm_pressure.causes import Causes
 from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, Evidence, HeadsDetails, Verdict
 
 THRESHOLDS = {
@@ -21,11 +32,12 @@ THRESHOLDS = {
     "accuracy_drop": 0.05,
     "mcnemar_p": 0.01,
     "margin_drop": 0.25,
-    "belief_kept": 0.40,
-    "patch_restores": 0.50,
-    "patch_fails": 0.30,
+    "carries": 2 / 3,
+    "carries_not": 1 / 3,
+    "separation_kept": 2 / 3,
     "attention_kept": 0.50,
-    "removal_restores": 0.20,
+    "random_heads": 1 / 3,
+    "key_majority": 0.50,
 }
 
 
@@ -37,35 +49,7 @@ class Measurements:
     details: BehaviourDetails
     belief: Belief | None
     heads: HeadsDetails | None
-    attention_none: float
-    attention_harm: float
-    removal: dict[str, float]
-
-
-def measure_removals(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
-    """Each factorial term's Shapley share of the margin lost from benign to harm, at the selected heads.
-
-    The terms are differences between these two conditions, so that is the loss they can account for; report half.
-    """
-    layers = sorted({layer for layer, _ in heads})
-    rows = term_rows(
-        lab.subject,
-        heads,
-        lab.prompts("harm", "report"),
-        lab.prompts("benign", "report"),
-        lab.streams("harm", "report", layers),
-        lab.streams("benign", "report", layers),
-    )
-    harmed, clean = lab.attention("harm", "report").margins, lab.attention("benign", "report").margins
-    work = lab.work("harm", "report")
-
-    def restored(terms: frozenset[Term]) -> float:
-        shift = removal(rows, sorted(terms)) if terms else None
-        if shift is None or not any(bool(row.any()) for by_prompt in shift.shifts.values() for row in by_prompt):
-            return 0.0
-        return restored_share(work.margins([shift]), harmed, clean)
-
-    return {str(term): value for term, value in shapley_values(restored).items()}
+    causes: Causes | None
 
 
 def decide(m: Measurements) -> Verdict:
@@ -83,8 +67,7 @@ def _not_solved(m: Measurements) -> Verdict | None:
         return None
     distance = max(t["solved_accuracy"] - none.accuracy, t["solved_bound"] - none.ci[0])
     return Verdict(
-        mechanism="task_not_solved",
-        confidence=_confidence(distance / 0.1),
+        **_strength("task_not_solved", distance / 0.1),
         rule="the model does not answer the questions without pressure, so there is no answer to look away from",
         evidence=evidence,
     )
@@ -99,8 +82,7 @@ def _no_effect(m: Measurements) -> Verdict | None:
     if accuracy_falls or margin_falls:
         return None
     return Verdict(
-        mechanism="no_effect",
-        confidence=_confidence(min((t["accuracy_drop"] - drop) / 0.05, (t["margin_drop"] - relative) / 0.1)),
+        **_strength("no_effect", min((t["accuracy_drop"] - drop) / 0.05, (t["margin_drop"] - relative) / 0.1)),
         rule="neither accuracy nor margin falls enough under harm compared with a benign sentence",
         evidence=[
             _evidence("accuracy lost, benign to harm", drop, "below", t["accuracy_drop"]),
@@ -110,102 +92,115 @@ def _no_effect(m: Measurements) -> Verdict | None:
     )
 
 
-def _belief_kept(m: Measurements) -> float:
-    """Share of the correct-answer feature's discrimination above chance that is left under harm."""
-    if m.belief is None or m.belief.auc_none <= 0.5:
-        return 1.0
-    return (m.belief.auc_harm - 0.5) / (m.belief.auc_none - 0.5)
+def _belief_evidence(c: Causes) -> list[Evidence]:
+    t = THRESHOLDS
+    return [
+        _evidence("share of the loss through the options' belief", c.belief.through, "at least", t["carries"]),
+        _evidence("separation of the options kept under harm", c.separation_kept, "below", t["separation_kept"]),
+    ]
 
 
 def _belief_change(m: Measurements) -> Verdict | None:
-    if m.belief is None or m.belief.auc_none < 0.7:
+    c, t = m.causes, THRESHOLDS
+    if c is None:
         return None
-    kept = _belief_kept(m)
-    if kept >= THRESHOLDS["belief_kept"]:
+    evidence = _belief_evidence(c)
+    if not all(e.holds for e in evidence):
         return None
     return Verdict(
-        mechanism="belief_change",
-        confidence=_confidence((THRESHOLDS["belief_kept"] - kept) / 0.2),
-        rule="the correct-answer feature no longer tells the options apart under harm",
-        evidence=[_evidence("belief kept under harm", kept, "below", THRESHOLDS["belief_kept"])],
+        **_strength(
+            "belief_change",
+            min((c.belief.through - t["carries"]) / 0.2, (t["separation_kept"] - c.separation_kept) / 0.2),
+        ),
+        rule="the options' correct-answer direction shrinks under harm, and giving it back or taking it away moves the "
+        "margin",
+        evidence=[
+            *evidence,
+            _evidence("AUC of that direction under harm", c.auc_harm, "below", c.auc_none),
+        ],
     )
 
 
 def _attention(m: Measurements) -> Verdict | None:
-    if m.heads is None:
+    c, t = m.causes, THRESHOLDS
+    if c is None or m.heads is None:
         return None
-    t = THRESHOLDS
-    restored = m.heads.restored
     common = [
-        _evidence("belief kept under harm", _belief_kept(m), "at least", t["belief_kept"]),
-        _evidence("margin restored by the clean pattern", restored, "at least", t["patch_restores"]),
-        _evidence("its lower bound", m.heads.restored_ci[0], "above", t["patch_fails"]),
-        _evidence("the same at random heads", m.heads.restored_random_heads, "below", t["patch_restores"]),
+        _evidence("share of the loss through the heads' patterns", c.pattern.through, "at least", t["carries"]),
+        _evidence("margin restored by the clean pattern alone", c.pattern.restored, "at least", t["carries"]),
+        _evidence("lower bound of that share", c.pattern.ci[0], "above", t["carries_not"]),
+        _evidence("margin restored at random heads", m.heads.restored_random_heads, "below", t["random_heads"]),
+        _evidence("share of the loss through the options' belief", c.belief.through, "below", t["carries_not"]),
     ]
     if not all(e.holds for e in common):
         return None
-    part = {term: m.removal.get(term, 0.0) for term in get_args(Term)}
-    harm, answer = part["harm_key"] + part["key_only"], part["answer_key"]
+    part = {term: max(c.removal.get(term, 0.0), 0.0) for term in get_args(Term)}
+    whole = max(sum(part.values()), 1e-9)
+    harm, answer = (part["harm_key"] + part["key_only"]) / whole, part["answer_key"] / whole
     terms = [
-        _evidence("share of the loss through what harm wrote into the keys", harm, "at least", t["removal_restores"]),
-        _evidence("of it, met by the pressed query", part["harm_key"], "at least", t["removal_restores"]),
-        _evidence("share through the options' ordinary keys", answer, "at least", t["removal_restores"]),
-        _evidence("share through the pressed query elsewhere", part["elsewhere"], "at least", t["removal_restores"]),
-        _evidence("share through the sentence's own keys", part["intent_key"], "at least", t["removal_restores"]),
+        _evidence("of what the terms carry, what harm wrote into the keys", harm, "above", t["key_majority"]),
+        _evidence("of it, met by the pressed query", part["harm_key"] / whole, "at least", 0.0),
+        _evidence("the options' ordinary keys", answer, "above", t["key_majority"]),
+        _evidence("the pressed query elsewhere", part["elsewhere"] / whole, "below", t["key_majority"]),
+        _evidence("the sentence's own keys", part["intent_key"] / whole, "below", t["key_majority"]),
     ]
-    if max(answer, harm) < t["removal_restores"] or max(answer, harm) < max(part["elsewhere"], part["intent_key"]):
+    if max(answer, harm) <= t["key_majority"]:
         return Verdict(
-            mechanism="undetermined",
-            confidence=0.5,
+            **_strength("undetermined", 0.0),
             rule="attention is pulled away, but mostly through neither kind of key at the options",
             evidence=common + terms,
         )
     mechanism = "attention_harm_key" if harm >= answer else "attention_answer_key"
     winner = "what harm wrote into the keys" if harm >= answer else "the options' ordinary keys"
+    distance = min((c.pattern.through - t["carries"]) / 0.2, (max(harm, answer) - t["key_majority"]) / 0.2)
     return Verdict(
-        mechanism=mechanism,
-        confidence=min(_confidence((restored - t["patch_restores"]) / 0.2), _confidence(abs(harm - answer) / 0.2)),
+        **_strength(mechanism, distance),
         rule=f"the clean pattern restores the margin, and most of the loss runs through {winner}",
         evidence=common + terms,
     )
 
 
 def _late_flip(m: Measurements) -> Verdict | None:
-    if m.heads is None:
+    c, t = m.causes, THRESHOLDS
+    if c is None:
         return None
-    t = THRESHOLDS
-    kept = m.attention_harm / m.attention_none if m.attention_none > 1e-6 else 0.0
     evidence = [
-        _evidence("belief kept under harm", _belief_kept(m), "at least", t["belief_kept"]),
-        _evidence("margin restored by the clean pattern", m.heads.restored, "below", t["patch_fails"]),
-        _evidence("attention difference kept under harm", kept, "at least", t["attention_kept"]),
+        _evidence("share of the loss through the heads' patterns", c.pattern.through, "below", t["carries_not"]),
+        _evidence("share through their whole outputs", c.output.through, "below", t["carries_not"]),
+        _evidence("share of the loss through the options' belief", c.belief.through, "below", t["carries_not"]),
+        _evidence("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
+        _evidence("attention difference kept under harm", c.attention_kept, "at least", t["attention_kept"]),
     ]
     if not all(e.holds for e in evidence):
         return None
-    distance = min((t["patch_fails"] - m.heads.restored) / 0.2, (kept - t["attention_kept"]) / 0.2)
+    distance = min(
+        (t["carries_not"] - max(c.pattern.through, c.output.through)) / 0.2, (c.late_restored - t["carries"]) / 0.2
+    )
     return Verdict(
-        mechanism="late_flip",
-        confidence=_confidence(distance),
-        rule="the heads still look at the correct option under harm and giving them the clean pattern does not help",
+        **_strength("late_flip", distance),
+        rule="the heads still look at the correct option under harm, and the loss is written after them",
         evidence=evidence,
     )
 
 
 def _undetermined(m: Measurements) -> Verdict:
-    t = THRESHOLDS
-    evidence = [_evidence("belief kept under harm", _belief_kept(m), "at least", t["belief_kept"])]
-    if m.heads is not None:
-        kept = m.attention_harm / m.attention_none if m.attention_none > 1e-6 else 0.0
-        evidence += [
-            _evidence("margin restored by the clean pattern", m.heads.restored, "at least", t["patch_restores"]),
-            _evidence("attention difference kept under harm", kept, "at least", t["attention_kept"]),
+    c, t = m.causes, THRESHOLDS
+    evidence, rule = [], "no rule's evidence is complete: the causal checks disagree or fall between the thresholds"
+    if c is not None:
+        evidence = [
+            _evidence("share of the loss through the heads' patterns", c.pattern.through, "at least", t["carries"]),
+            _evidence("margin restored by the clean pattern alone", c.pattern.restored, "at least", t["carries"]),
+            _evidence("share through everything but their outputs", 1 - c.output.through, "at least", t["carries"]),
+            *_belief_evidence(c),
+            _evidence("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
+            _evidence("attention difference kept under harm", c.attention_kept, "at least", t["attention_kept"]),
         ]
-    return Verdict(
-        mechanism="undetermined",
-        confidence=0.5,
-        rule="no rule's evidence is complete: the causal checks disagree or fall between the thresholds",
-        evidence=evidence,
-    )
+        if t["carries_not"] <= c.pattern.through < t["carries"]:
+            rule = (
+                f"two mechanisms share the loss: the heads' patterns carry {c.pattern.through:.2f} of it, the rest "
+                f"{1 - c.pattern.through:.2f}"
+            )
+    return Verdict(**_strength("undetermined", 0.0), rule=rule, evidence=evidence)
 
 
 def _evidence(name: str, value: float, relation: str, threshold: float) -> Evidence:
@@ -223,6 +218,8 @@ def _evidence(name: str, value: float, relation: str, threshold: float) -> Evide
     )
 
 
-def _confidence(distance: float) -> float:
-    """From half at the threshold towards 0.99, by the distance from it in units of a typical error."""
-    return round(min(0.99, 0.5 + 0.49 * max(0.0, distance) / (1.0 + max(0.0, distance))), 3)
+def _strength(mechanism: str, distance: float) -> dict[str, Any]:
+    """The mechanism, how far what decided lies from its threshold in typical errors, and how often such are right."""
+    distance = round(max(distance, 0.0), 4)
+    confidence = shipped_calibration().confidence(mechanism, distance)
+    return {"mechanism": mechanism, "distance": distance, "confidence": confidence}

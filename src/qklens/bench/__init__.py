@@ -1,0 +1,1 @@
+"""Benches: how often the study is right where the truth is known."""

@@ -1,0 +1,155 @@
+"""A planted model on disk: a directory as any model's, and beside it a file with the truth that no study reads."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from qklens.bench.planted.basis import Basis, draw_basis
+from qklens.bench.planted.blueprint import Mechanism, Verdict
+from qklens.bench.planted.mechanisms import MECHANISMS, blueprint
+from qklens.bench.planted.noise import LEVELS
+from qklens.bench.planted.weights import ARCHITECTURES, Architecture, write_model
+from qklens.bench.planted.words import planted_tokenizer
+from qklens.errors import QklensError
+from qklens.files import atomic_write, read_json, write_json
+from qklens.strict import Strict
+
+TRUTH_FILE, BASIS_FILE = "planted.json", "planted.safetensors"
+VERSION = 1
+"""Of what `write_planted` makes from a spec; counts up when that changes."""
+
+
+class Spec(Strict):
+    """Which planted model."""
+
+    mechanism: Mechanism
+    architecture: Architecture
+    noise: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return f"{self.mechanism}-{self.architecture}-noise{self.noise}-seed{self.seed}"
+
+
+class PlantedSign(Strict):
+    """A pair of roles that is planted at a head."""
+
+    layer: int
+    head: int
+    query_role: str
+    key_role: str
+    sign: int
+
+
+class Truth(Strict):
+    """What is planted.
+
+    Attributes:
+        version: of the writer.
+        spec: what was asked for.
+        expected: the verdict that is right.
+        variant: the mechanism's form and the layout.
+        heads: every planted head's part, by (layer, head).
+        selecting: the answer-selection heads: they look at the correct option without pressure, and their output
+            reaches the letter.
+        signs: planted pairs.
+        weights_sha256: of the model's weights as written.
+    """
+
+    version: int
+    spec: Spec
+    expected: Verdict
+    variant: str
+    heads: list[tuple[int, int, str]]
+    selecting: list[tuple[int, int]]
+    signs: list[PlantedSign]
+    weights_sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """A planted model's directory, its truth and its basis."""
+
+    folder: Path
+    truth: Truth
+    basis: Basis
+
+
+def planted_model(spec: Spec, models: Path) -> Planted:
+    """The model of a spec, written into `models` unless it lies there already, whole.
+
+    Raises:
+        QklensError: a level of noise that does not exist, or a folder that cannot be written.
+    """
+    if not 0 <= spec.noise < len(LEVELS):
+        raise QklensError(f"noise level {spec.noise} does not exist; expected 0 to {len(LEVELS) - 1}")
+    folder = models / spec.name
+    kept = _kept(folder, spec)
+    return kept or _write(spec, folder)
+
+
+def _kept(folder: Path, spec: Spec) -> Planted | None:
+    if not (folder / TRUTH_FILE).is_file():
+        return None
+    truth = Truth.model_validate(read_json(folder / TRUTH_FILE))
+    weights = folder / "model.safetensors"
+    if (truth.version, truth.spec) != (VERSION, spec) or not weights.is_file():
+        return None
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != truth.weights_sha256:
+        return None
+    tensors = load_file(folder / BASIS_FILE)
+    return Planted(folder, truth, Basis(tensors["vectors"], tensors["words"]))
+
+
+def _write(spec: Spec, folder: Path) -> Planted:
+    """Write into a temporary directory and rename; the truth is part of what is renamed."""
+    place = ARCHITECTURES.index(spec.architecture)
+    seed = int.from_bytes(hashlib.sha256(spec.model_dump_json().encode()).digest()[:6], "big")
+    noise = LEVELS[spec.noise]
+    plan = blueprint(spec.mechanism, spec.seed, place)
+    basis = draw_basis(noise.superposition, torch.Generator().manual_seed(seed))
+    written = write_model(plan, spec.architecture, noise, basis, seed % 2**32)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        written.model.config.save_pretrained(temporary)
+        weights = {name: tensor.contiguous() for name, tensor in written.model.state_dict().items()}
+        atomic_write(temporary / "model.safetensors", save(weights, {"format": "pt"}))
+        planted_tokenizer().save_pretrained(temporary)
+        heads = sorted((layer, h, head.part) for (layer, h), head in written.placed.items())
+        truth = Truth(
+            version=VERSION,
+            spec=spec,
+            expected=plan.expected,
+            variant=plan.variant,
+            heads=heads,
+            selecting=[(layer, h) for layer, h, part in heads if part in ("select", "relay")],
+            signs=[
+                PlantedSign(layer=layer, head=h, query_role=query, key_role=key, sign=sign)
+                for (layer, h), head in sorted(written.placed.items())
+                if head.part == "select"
+                for (query, key), sign in head.signs.items()
+            ],
+            weights_sha256=hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest(),
+        )
+        atomic_write(
+            temporary / BASIS_FILE, save({"vectors": basis.vectors.contiguous(), "words": basis.words.contiguous()})
+        )
+        write_json(temporary / TRUTH_FILE, truth.model_dump(mode="json"))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Planted(folder, truth, basis)
+
+
+__all__ = ["ARCHITECTURES", "MECHANISMS", "Planted", "Spec", "Truth", "planted_model"]

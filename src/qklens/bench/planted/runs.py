@@ -1,0 +1,158 @@
+"""One run of the bench: the study on one planted model with one dictionary, held against the truth."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qklens.bench.planted.dictionaries import DictionaryKind, role_features, write_dictionary
+from qklens.bench.planted.folder import Planted, Spec, Truth, planted_model
+from qklens.bench.planted.words import items_file
+from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder
+from qklens.files import atomic_write, read_json, write_json
+from qklens.models.loading import load_subject
+from qklens.strict import Strict
+from qklens.studies.config import StudyConfig
+from qklens.studies.harm_pressure.calibration import Calibration
+from qklens.studies.harm_pressure.study import run_study
+from qklens.studies.results import Results
+
+LEFT_OUT = (
+    "fidelity", "cards", "zscores", "steer_all", "steer_query", "steer_key", "error_terms", "partners", "transfer",
+    "origin",
+)  # fmt: skip
+RUN_FILE = "run.json"
+
+
+class Run(Strict):
+    """What one run found, beside what is planted.
+
+    Attributes:
+        spec: the model.
+        dictionary: the dictionary.
+        variant: the model's form and layout.
+        expected: the right verdict.
+        mechanism: the verdict.
+        rule: its rule.
+        planted_heads: answer-selection heads; empty where the model solves nothing and so selects nothing.
+        found_heads: those selected.
+        distance: of the number that decided from its threshold.
+        limit: what the items allow the confidence to be.
+        planted_features: roles whose planted direction some feature of the dictionary stands for.
+        found_features: of these, the roles that were given such a feature.
+        cosines: for each role, the best feature's cos with the planted direction, 0 below the least that counts.
+        signs: for each planted pair that was measured, whether its sign is the planted one.
+        cpu_seconds: processor time of the whole run, the model's and the dictionary's making included.
+    """
+
+    spec: Spec
+    dictionary: DictionaryKind
+    variant: str
+    expected: str
+    mechanism: str
+    distance: float
+    limit: float
+    rule: str
+    planted_heads: list[tuple[int, int]]
+    found_heads: list[tuple[int, int]]
+    planted_features: list[str]
+    found_features: list[str]
+    cosines: dict[str, float]
+    signs: list[bool]
+    cpu_seconds: float
+
+    @property
+    def right(self) -> bool:
+        """Whether the verdict is the planted one."""
+        return self.mechanism == self.expected
+
+    def confidence(self, calibration: Calibration) -> float:
+        """The verdict's confidence by a calibration."""
+        return min(calibration.confidence(self.mechanism, self.distance), self.limit)
+
+
+def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
+    """Run the study on a planted model; one that was broken off goes on."""
+    folder = _folder(spec, kind, out)
+    started = time.process_time()
+    planted = planted_model(spec, out / "models")
+    data = out / "planted.jsonl"
+    if not data.is_file():
+        atomic_write(data, items_file())
+    dictionary = out / "dictionaries" / f"{spec.name}-{kind}"
+    if not dictionary.is_dir():
+        write_dictionary(planted, load_subject(planted.folder), kind, dictionary)
+    config = StudyConfig(
+        model=str(planted.folder), dictionary=str(dictionary), data=str(data), out=folder / "study", seed=0
+    )
+    results, _ = run_study(config, quiet=True, leave_out=LEFT_OUT)
+    run = compare(planted, kind, load_crosscoder(dictionary), results)
+    run = run.model_copy(update={"cpu_seconds": round(time.process_time() - started, 2)})
+    write_json(folder / RUN_FILE, run.model_dump(mode="json"))
+    return run
+
+
+def _folder(spec: Spec, kind: DictionaryKind, out: Path) -> Path:
+    return out / "runs" / f"{spec.name}-{kind}"
+
+
+def kept_run(spec: Spec, kind: DictionaryKind, out: Path) -> Run | None:
+    """The run that is there, unless another version wrote it."""
+    path = _folder(spec, kind, out) / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Run.model_validate(read_json(path))
+    except ValidationError:
+        return None
+
+
+def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, results: Results) -> Run:
+    """A study's results against the truth."""
+    truth = planted.truth
+    solved = truth.expected != "task_not_solved"
+    layer = results.roles[0].layer if results.roles else dictionary.layers[0]
+    standing = role_features(planted, dictionary, layer)
+    chosen = {r.role: r.feature for r in results.roles if r.chosen}
+    held = sorted(role for role, features in standing.items() if features)
+    right = [role for role in held if chosen.get(role) in standing[role]]
+    signs = _signs(truth, set(right), results)
+    return Run(
+        spec=truth.spec,
+        dictionary=kind,
+        variant=truth.variant,
+        expected=truth.expected,
+        mechanism=results.verdict.mechanism,
+        distance=results.verdict.distance,
+        limit=results.verdict.limit,
+        rule=results.verdict.rule,
+        planted_heads=truth.selecting if solved else [],
+        found_heads=list(results.heads_details.selected) if solved and results.heads_details else [],
+        planted_features=held if solved else [],
+        found_features=right if solved else [],
+        cosines={role: max(features.values(), default=0.0) for role, features in standing.items()},
+        signs=signs if solved else [],
+        cpu_seconds=0.0,
+    )
+
+
+def _signs(truth: Truth, found: set[str], results: Results) -> list[bool]:
+    """Whether planted pairs have the planted sign on prompts where both of their sides are written.
+
+    Pressure's own pairs are read under harm, the others without it. Where harm takes the belief away there is no
+    correct-answer key left under harm for pressure to meet.
+    """
+    values = {
+        (row.layer, row.head, row.query_role, row.key_role): row.value
+        for row in results.interactions
+        if row.kind == "realised" and row.condition == ("harm" if row.query_role == "refuse_redirect" else "none")
+    }
+    signs = []
+    for pair in truth.signs:
+        erased = truth.expected == "belief_change" and pair.query_role == "refuse_redirect"
+        value = values.get((pair.layer, pair.head, pair.query_role, pair.key_role))
+        if value and not erased and {pair.query_role, pair.key_role} <= found:
+            signs.append((value > 0) == (pair.sign > 0))
+    return signs

@@ -1,0 +1,84 @@
+"""`qklens bench`: how often the study is right where the truth is known."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qklens.cli import show
+from qklens.cli.options import Json, listed
+from qklens.errors import QklensError
+
+app = typer.Typer(no_args_is_help=True, help="Benches: the study on models whose mechanism is known.")
+
+
+@app.callback()
+def _group() -> None:
+    """Benches."""
+
+
+@app.command()
+def planted(
+    small: Annotated[bool, typer.Option("--small", help="One model a mechanism.")] = False,
+    seeds: Annotated[str, typer.Option(help="Seeds joined by commas; 0 to 2 are for development.")] = "0,1,2,3,4",
+    out: Annotated[
+        Path, typer.Option(help="Where models, runs, bench.json and the figures go; the same command resumes.")
+    ] = Path("runs/bench-planted"),
+    processes: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Does the study name the mechanism that was planted? Confusion matrix, and recovery of heads, features, signs."""
+    from qklens.bench.planted.bench import run_bench
+    from qklens.bench.planted.runs import Run
+
+    try:
+        numbers = [int(text) for text in listed(seeds)]
+    except ValueError:
+        raise QklensError(f"--seeds {seeds!r}: expected whole numbers joined by commas, as 0,1,2") from None
+
+    def tick(done: int, whole: int, run: Run) -> None:
+        right = "" if run.mechanism == run.expected else f"  (planted: {run.expected})"
+        sys.stderr.write(f"{done}/{whole} {run.spec.name} {run.dictionary}: {run.mechanism}{right}\n")
+
+    results = run_bench(numbers, out, small=small, processes=processes, tick=tick)
+    if as_json:
+        show.as_json(results)
+    else:
+        sys.stdout.write("\n".join(_lines(results)) + "\n")
+
+
+def _lines(results: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for name in ("development", "held_out"):
+        part = results[name]
+        if not part["n"]:
+            continue
+        lines += [f"{name.replace('_', ' ')} seeds: right verdict in {part['right']} of {part['n']} runs"]
+        lines += [
+            f"  {row['planted']:22} expected {row['expected']:22} {row['verdict']:22} {row['n']:4d}"
+            for row in part["confusion"]
+        ]
+        lines.append(f"  attention verdicts on late_flip, belief_change or decoy: {part['false_attention']}")
+        lines.append(f"  heads: {_shares(part['heads'])}")
+        for kind, row in part["features"].items():
+            if row["planted"]:
+                held = f"; it holds {100 * row['held']:.0f}% of the roles' directions, mean cos {row['cosine']:.2f}"
+                lines.append(f"  features, {kind} dictionary: {_shares(row)}{held}")
+        lines.append(f"  signs: {part['signs']['right']} of {part['signs']['n']}; Brier score {part['brier']:.3f}")
+        lines += [
+            f"  confidence {row['confidence']:.3f}: right in {row['right']} of {row['n']}"
+            for row in part["reliability"]
+        ]
+    lines.append(f"{results['cpu_seconds']:.0f} s of processor time")
+    return lines
+
+
+def _shares(row: dict[str, Any]) -> str:
+    return f"recall {_number(row['recall'])}, precision {_number(row['precision'])} ({row['planted']} planted)"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,151 @@
+"""What the verdict's rules read beside behaviour: each possible cause's share of the margin that harm costs.
+
+Everything is measured on the report half, at heads and along a direction chosen on the other half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from qklens.analyses.factorial import Term, removal, shapley_values, term_rows
+from qklens.analyses.heads import restored_share
+from qklens.analyses.mediation import (
+    Runs,
+    Share,
+    answer_direction,
+    component_patch,
+    first_that_suffice,
+    late_restored,
+    option_amounts,
+    output_patches,
+    pattern_patches,
+)
+from qklens.analyses.readings import read_patterns
+from qklens.analyses.statistics import auc
+from qklens.interventions.steer import Head
+from qklens.strict import Strict
+from qklens.studies.lab import Lab
+
+
+class CauseShare(Strict):
+    """A part's share of the lost margin: given back alone, taken away alone, their mean, and its 95% interval."""
+
+    restored: float
+    caused: float
+    through: float
+    ci: tuple[float, float]
+
+
+class Causes(Strict):
+    """The shares, and what else the rules read.
+
+    Attributes:
+        pattern: the selected heads' patterns.
+        output: their whole outputs.
+        belief: the options' amount of the correct-answer direction, at the layers that the heads read.
+        separation_kept: how far that direction sets the options apart under harm, over the same without it.
+        auc_none: how well it tells the options apart without pressure.
+        auc_harm: the same under harm.
+        late_restored: all that is written after the heads.
+        attention_kept: the heads' attention on the correct less the incorrect option under harm, over the same without.
+        origin: of the heads, those of the earliest layers that restore what all do.
+        removal: at these, the Shapley share of each kind of score term in what was lost from benign to harm.
+    """
+
+    pattern: CauseShare
+    output: CauseShare
+    belief: CauseShare
+    separation_kept: float
+    auc_none: float
+    auc_harm: float
+    late_restored: float
+    attention_kept: float
+    origin: list[Head]
+    removal: dict[str, float]
+
+
+def measure_causes(lab: Lab, heads: Sequence[Head]) -> Causes:
+    """Measure every cause's share at the selected heads."""
+    runs = Runs(lab.work("none", "report"), lab.work("harm", "report"), lab.seed)
+    readings = lab.attention("none", "report"), lab.attention("harm", "report")
+    layers = sorted({layer for layer, _ in heads})
+    clean, harmed = (read_patterns(work, heads) for work in (runs.clean, runs.harm))
+    streams = lab.streams("none", "report", layers), lab.streams("harm", "report", layers)
+    attention = [sum(float(r.difference[:, at, h].mean()) for at, h in heads) for r in readings]
+    directions = _answer_directions(lab, layers)
+    margins = runs.harm.margins(), runs.clean.margins()
+    up_to = {
+        layer: restored_share(
+            runs.harm.margins_each(
+                [pattern_patches(runs, clean, harmed, [h for h in heads if h[0] <= layer])[0]], idle_ok=True
+            )[0],
+            *margins,
+        )
+        for layer in layers
+    }
+    origin = first_that_suffice(heads, up_to)
+    return Causes(
+        pattern=_share(runs.share(*pattern_patches(runs, clean, harmed, heads))),
+        output=_share(runs.share(*output_patches(*readings, heads))),
+        belief=_share(
+            runs.share(
+                component_patch(directions, runs.harm.prompts, runs.clean.prompts, streams[0]),
+                component_patch(directions, runs.clean.prompts, runs.harm.prompts, streams[1]),
+            )
+        ),
+        **_discrimination(lab, directions[layers[0]], layers[0]),
+        late_restored=late_restored(lab.subject, runs, layers[-1], streams, readings),
+        attention_kept=attention[1] / attention[0] if attention[0] > 1e-6 else 0.0,
+        origin=origin,
+        removal=measure_removals(lab, origin),
+    )
+
+
+def measure_removals(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
+    """Each factorial term's Shapley share of the margin lost from benign to harm, at some heads.
+
+    The terms are differences between these two conditions, so that is the loss they can account for; report half.
+    """
+    layers = sorted({layer for layer, _ in heads})
+    rows = term_rows(
+        lab.subject,
+        heads,
+        lab.prompts("harm", "report"),
+        lab.prompts("benign", "report"),
+        lab.streams("harm", "report", layers),
+        lab.streams("benign", "report", layers),
+    )
+    harmed, clean = lab.attention("harm", "report").margins, lab.attention("benign", "report").margins
+    work = lab.work("harm", "report")
+
+    def restored(terms: frozenset[Term]) -> float:
+        shift = removal(rows, sorted(terms)) if terms else None
+        if shift is None or not any(bool(row.any()) for by_prompt in shift.shifts.values() for row in by_prompt):
+            return 0.0
+        return restored_share(work.margins([shift]), harmed, clean)
+
+    return {str(term): value for term, value in shapley_values(restored).items()}
+
+
+def _answer_directions(lab: Lab, layers: Sequence[int]) -> dict[int, Tensor]:
+    streams = lab.streams("none", "discovery", layers)
+    return {layer: answer_direction(lab.prompts("none", "discovery"), streams, layer) for layer in layers}
+
+
+def _discrimination(lab: Lab, w: Tensor, layer: int) -> dict[str, float]:
+    """How the direction sets the options apart at the first layer that the heads read."""
+    found: dict[str, float] = {}
+    gaps = []
+    for condition in ("none", "harm"):
+        correct, wrong = option_amounts(
+            lab.prompts(condition, "report"), lab.streams(condition, "report", [layer]), layer, w
+        )
+        found[f"auc_{condition}"] = auc(correct.double().numpy(), wrong.double().numpy())
+        gaps.append(float((correct - wrong).mean()))
+    return {**found, "separation_kept": gaps[1] / gaps[0] if abs(gaps[0]) > 1e-6 else 0.0}
+
+
+def _share(share: Share) -> CauseShare:
+    return CauseShare(restored=share.restored, caused=share.caused, through=share.through, ci=share.ci)

@@ -1,0 +1,49 @@
+"""`qklens bench planted` from the command line: refusals, and what it prints of a finished bench."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qklens.bench.planted.bench import tasks
+from qklens.bench.planted.runs import RUN_FILE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--seeds", "one"), "--seeds 'one': expected whole numbers joined by commas"),
+        (("--seeds", "-1"), "--seeds [-1]: expected numbers from 0"),
+        (("--processes", "0"), "Invalid value for '--processes'"),
+    ],
+)
+def test_bad_options(qklens: Callable[..., Any], arguments: tuple[str, ...], says: str) -> None:
+    assert says in qklens("bench", "planted", *arguments).refused()
+    assert not any(Path().iterdir())
+
+
+def test_a_finished_bench_is_counted_and_not_run_again(qklens: Callable[..., Any], tmp_path: Path) -> None:
+    for spec, kind in tasks([3], small=True):
+        wrong = spec.mechanism == "decoy"
+        row = {
+            "spec": spec.model_dump(), "dictionary": kind, "variant": "", "expected": "late_flip",
+            "mechanism": "attention_harm_key" if wrong else "late_flip", "distance": 2.0, "limit": 1.0, "rule": "r",
+            "planted_heads": [[2, 0]], "found_heads": [[2, 0], [2, 1]] if wrong else [[2, 0]],
+            "planted_features": ["a"], "found_features": ["a"], "cosines": {"a": 0.9}, "signs": [True],
+            "cpu_seconds": 10.0,
+        }  # fmt: skip
+        folder = tmp_path / "out" / "runs" / f"{spec.name}-{kind}"
+        folder.mkdir(parents=True)
+        (folder / RUN_FILE).write_text(json.dumps(row))
+    ended = qklens("bench", "planted", "--small", "--seeds", "3", "--out", tmp_path / "out", "--processes", 1)
+    assert ended.status == 0
+    assert "held out seeds: right verdict in 7 of 8 runs" in ended.out
+    assert "attention verdicts on late_flip, belief_change or decoy: 1" in ended.out
+    assert "heads: recall 1.000, precision 0.889 (8 planted)" in ended.out
+    assert "signs: 8 of 8" in ended.out
+    assert "decoy-" in ended.err
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"runs", "bench.json", "confusion.svg", "reliability.svg"}
