@@ -76,7 +76,7 @@ def test_a_summary_counts_what_is_wrong() -> None:
 def test_dictionaries_of_one_layer_side_by_side_write_as_each_does_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = {layer: torch.randn(300, 8, generator=generator) for layer in (2, 3)}
-    quick = TRAINING.model_copy(update={"features_per_layer": 12, "steps": 30, "batch": 64})
+    quick = TRAINING.model_copy(update={"features": 12, "steps": 30, "batch": 64})
     alone = [learn_layer(layer, rows[layer], "x", quick) for layer in rows]
     both = side_by_side(alone)
     for layer, one in zip(rows, alone, strict=True):
