@@ -69,7 +69,7 @@ def _matrix(part: dict[str, Any], title: str, *, labelled: bool) -> Drawing:
     base = style.chart(rows).encode(x=x, y=y)
     squares = base.mark_rect(cornerRadius=2).encode(
         color=alt.Color("color:N", scale=None),
-        opacity=alt.Opacity("share:Q", scale={"domain": [0, 1], "range": [0.25, 1]}, legend=None),
+        opacity=alt.Opacity("share:Q", scale={"domain": [0, 1], "range": [0.6, 1]}, legend=None),
     )
     numbers = base.mark_text(color=style.PAPER, fontWeight="bold", fontSize=11).encode(text="n:N")
     heading = style.heading(title, f"{part['right']} of {part['n']} right")
@@ -85,7 +85,7 @@ def reliability(results: dict[str, Any]) -> Drawing:
     return style.finish(
         alt.hconcat(*panels, spacing=30),
         "Is a verdict's confidence how often such verdicts are right?",
-        "One dot a confidence that was given, beside the number of runs; bars are Wilson 95% intervals, the line is "
+        "One dot a confidence that was given, with the runs listed below; bars are Wilson 95% intervals, the line is "
         "perfect calibration.",
     )
 
@@ -96,7 +96,7 @@ def _diagram(part: dict[str, Any], title: str, *, labelled: bool) -> Drawing:
         low, high = wilson(row["right"], row["n"])
         rows.append(
             {"confidence": row["confidence"], "share": row["right"] / row["n"], "low": low, "high": high,
-             "n": f"{row['right']}/{row['n']}"}
+             "n": f"{row['right']} of {row['n']}"}
         )  # fmt: skip
     scale = {"domain": [0, 1.02], "nice": False}
     x = alt.X("confidence:Q", scale=scale, title="confidence", axis=_axis())
@@ -105,9 +105,14 @@ def _diagram(part: dict[str, Any], title: str, *, labelled: bool) -> Drawing:
     line = ideal.mark_line(color=style.FAINT, strokeDash=[3, 3], strokeWidth=1).encode(x=x, y=y)
     bars = style.chart(rows).mark_rule(color=style.MUTED, strokeWidth=1.5).encode(x=x, y=alt.Y("low:Q"), y2="high:Q")
     dots = style.chart(rows).mark_point(filled=True, size=70, opacity=1, color=_RIGHT).encode(x=x, y=y)
-    words = style.chart(rows).mark_text(align="right", dx=-9, dy=12, color=style.INK, fontSize=10.5)
+    listed = [
+        {"x": 0.98, "y": 0.05 + 0.075 * place, "text": f"{row['confidence']:.3f}: right in {row['n']}"}
+        for place, row in enumerate(rows)
+    ]
+    words = style.chart(listed).mark_text(align="right", baseline="bottom", color=style.INK, fontSize=10.5)
+    at = {"x": alt.X("x:Q", scale=scale), "y": alt.Y("y:Q", scale=scale)}
     brier = "" if part["brier"] is None else f"Brier score {part['brier']:.3f}"
-    return alt.layer(line, bars, dots, words.encode(x=x, y=y, text="n:N")).properties(
+    return alt.layer(line, bars, dots, words.encode(**at, text="text:N")).properties(
         width=_SIDE, height=_SIDE, title=style.heading(title, brier)
     )
 
