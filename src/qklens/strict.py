@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import textwrap
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 _SHOWN = 60
 
@@ -14,6 +15,11 @@ class Strict(BaseModel):
     """A frozen pydantic model that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def first_complaint(error: ValidationError) -> ErrorDetails:
+    """The error to name: an unknown key before a missing one, which is often the same key misspelt."""
+    return min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
 
 
 def complaint(kind: str, message: str, found: object) -> str:

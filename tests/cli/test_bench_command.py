@@ -18,6 +18,7 @@ from qklens.bench.planted.runs import RUN_FILE
     [
         (("--seeds", "one"), "--seeds 'one': expected whole numbers joined by commas"),
         (("--seeds", "-1"), "--seeds [-1]: expected numbers from 0"),
+        (("--out", "/proc/nowhere"), "/proc/nowhere/planted.jsonl: cannot write"),
         (("--processes", "0"), "Invalid value for '--processes'"),
     ],
 )
@@ -46,4 +47,6 @@ def test_a_finished_bench_is_counted_and_not_run_again(qklens: Callable[..., Any
     assert "heads: recall 1.000, precision 0.889 (8 planted)" in ended.out
     assert "signs: 8 of 8" in ended.out
     assert "decoy-" in ended.err
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"runs", "bench.json", "confusion.svg", "reliability.svg"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "runs", "planted.jsonl", "bench.json", "confusion.svg", "reliability.svg",
+    }  # fmt: skip

@@ -77,7 +77,9 @@ def test_cached_and_streamed_activations_give_the_same_bytes_and_a_second_run_ch
     assert tree(Path("one")) == before
 
 
-def test_a_crosscoder_over_two_checkpoints(train: Callable[..., Any], model: Path, tmp_path: Path) -> None:
+def test_a_crosscoder_over_two_checkpoints(
+    train: Callable[..., Any], qklens: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
     base = Path(shutil.copytree(model, tmp_path / "base"))
     edit_tensors(base / "model.safetensors", lambda t: next(iter(t.values())).mul_(1.5))
     ended = train(*NUMBERS, "--kind", "model_diff", "--base-model", base, "--layers", "1", "--out", "diff")
@@ -87,6 +89,8 @@ def test_a_crosscoder_over_two_checkpoints(train: Callable[..., Any], model: Pat
     assert diff.config.fidelity is not None
     assert set(diff.config.fidelity.fraction_variance_unexplained) == {"base", "chat"}
     assert diff.config.base_sha256 != diff.config.chat_sha256
+    for command in (("dict", "check", "diff", "--model", model), ("dict", "show", "diff", "L1/3", "--model", model)):
+        assert "is a crosscoder over two checkpoints" in qklens(*command).refused()
 
 
 def test_the_same_keys_from_a_file(qklens: Callable[..., Any], model: Path, corpus: Path) -> None:

@@ -10,10 +10,12 @@ from pydantic import NonNegativeFloat, PositiveInt, ValidationError
 from qklens.dictionaries.activation import Activation
 from qklens.errors import QklensError, nearest
 from qklens.files import read_json
-from qklens.strict import Strict
+from qklens.strict import Strict, first_complaint
 
 CONFIG_FILE, WEIGHTS_FILE, BATCH_FILE = "dictionary.json", "dictionary.safetensors", "fidelity.safetensors"
 FORMAT = "qklens-dictionary-2"
+TWO_CHECKPOINTS = "qklens-model-diff-1"
+"""The format of `model_diff`."""
 
 
 class Fidelity(Strict):
@@ -107,10 +109,15 @@ def read_config(folder: Path) -> DictionaryConfig:
             )
     path = folder / CONFIG_FILE
     content = read_json(path)
+    if isinstance(content, dict) and content.get("format") == TWO_CHECKPOINTS:
+        raise QklensError(
+            f"{path}: is a crosscoder over two checkpoints ({TWO_CHECKPOINTS}), which needs the streams of both; "
+            "expected a dictionary of one model; read it with qklens.dictionaries.model_diff"
+        )
     try:
         config = DictionaryConfig.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = first_complaint(error)
         place = list(map(str, first["loc"]))
         if place[:1] == ["activation"]:
             del place[1:2]  # which of the activation functions, as pydantic counts them

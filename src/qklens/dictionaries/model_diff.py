@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from qklens.dictionaries.activation import Activation, JumpRelu, activate
-from qklens.dictionaries.config import CONFIG_FILE, WEIGHTS_FILE
+from qklens.dictionaries.config import CONFIG_FILE, TWO_CHECKPOINTS, WEIGHTS_FILE
 from qklens.dictionaries.source import Stream, at_least_float32, check_layer, dense_decode
+from qklens.dictionaries.stored import as_float32
 from qklens.errors import QklensError
 from qklens.files import atomic_write, read_json, sha256_files, write_json
-from qklens.strict import Strict
+from qklens.strict import Strict, first_complaint
 
-FORMAT = "qklens-model-diff-1"
 SIDES = ("base", "chat")
 
 
@@ -47,7 +47,7 @@ class DiffFidelity(Strict):
 class ModelDiffConfig(Strict):
     """What the weights alone do not say."""
 
-    format: Literal["qklens-model-diff-1"] = FORMAT
+    format: Literal["qklens-model-diff-1"] = TWO_CHECKPOINTS
     name: str
     layer: int
     features: PositiveInt
@@ -198,9 +198,11 @@ def load_model_diff(folder: Path, device: torch.device | str = "cpu") -> ModelDi
         config = ModelDiffConfig.model_validate(read_json(folder / CONFIG_FILE))
         tensors = load_file(path)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = first_complaint(error)
         key = ".".join(map(str, first["loc"]))
-        raise QklensError(f"{folder / CONFIG_FILE}: key {key!r}: {first['msg']}; expected {FORMAT!r}") from error
+        raise QklensError(
+            f"{folder / CONFIG_FILE}: key {key!r}: {first['msg']}; expected {TWO_CHECKPOINTS!r}"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise QklensError(f"{path}: damaged ({error}); copy it again") from error
     n, width = config.features, config.d_model
@@ -208,7 +210,7 @@ def load_model_diff(folder: Path, device: torch.device | str = "cpu") -> ModelDi
     def take(name: str, *shape: int) -> Tensor:
         if name not in tensors:
             raise QklensError(f"{path}: tensor {name!r} is missing")
-        tensor = tensors[name].float()
+        tensor = as_float32(tensors[name], f"{path}: tensor {name!r}")
         if tuple(tensor.shape) != shape:
             raise QklensError(f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
         if not torch.isfinite(tensor).all():

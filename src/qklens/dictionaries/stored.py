@@ -14,6 +14,8 @@ from torch import Tensor
 
 from qklens.errors import QklensError, nearest, reason
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class StoredTensors:
@@ -45,12 +47,12 @@ class StoredTensors:
         """A tensor in float32.
 
         Raises:
-            QklensError: no such tensor, another shape, or NaN or infinity in it.
+            QklensError: no such tensor, another shape or dtype, or NaN or infinity in it.
         """
         stored = self._named(name)
         if tuple(stored.shape) != shape:
             raise QklensError(f"{self.path}: tensor {name!r} has shape {tuple(stored.shape)}, expected {shape}")
-        tensor = stored.to(torch.float32)
+        tensor = as_float32(stored, f"{self.path}: tensor {name!r}")
         if not torch.isfinite(tensor).all():
             raise QklensError(f"{self.path}: tensor {name!r} holds NaN or infinity; copy it again")
         return tensor
@@ -59,6 +61,18 @@ class StoredTensors:
         if name not in self.tensors:
             raise QklensError(f"{self.path}: tensor {name!r} is missing{nearest(name, self.tensors)}")
         return self.tensors[name]
+
+
+def as_float32(tensor: Tensor, where: str) -> Tensor:
+    """A stored tensor in float32.
+
+    Raises:
+        QklensError: a dtype that weights are not stored in.
+    """
+    if tensor.dtype not in _DTYPES:
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise QklensError(f"{where} is {found}; expected float16, bfloat16, float32 or float64; save it again")
+    return tensor.to(torch.float32)
 
 
 def read_safetensors(path: Path) -> StoredTensors:

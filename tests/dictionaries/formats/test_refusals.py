@@ -185,3 +185,11 @@ def test_values_beyond_float32_are_refused(tmp_path: Path) -> None:
     edit_tensors(folder / "sae_weights.safetensors", lambda t: t.__setitem__("b_dec", huge))
     assert "'b_dec' holds NaN or infinity" in refusal(folder)
     assert json.loads((folder / "cfg.json").read_text())["d_in"] == WIDTH
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_a_dtype_that_holds_none_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = published.saelens(tmp_path / "sae").folder
+    edit_tensors(folder / "sae_weights.safetensors", lambda t: t.__setitem__("W_enc", t["W_enc"].to(dtype)))
+    said = refusal(folder)
+    assert f"'W_enc' is {str(dtype).removeprefix('torch.')}; expected float16, bfloat16, float32 or float64" in said

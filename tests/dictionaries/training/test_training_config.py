@@ -20,6 +20,10 @@ NO_K = {name: value for name, value in TOPK.items() if name != "k"}
     [
         ({**TOPK, "learning_rat": 1}, "key 'learning_rat' is unknown; did you mean 'learning_rate'?"),
         ({**TOPK, "sparcity": 1}, "key 'sparcity' is unknown; did you mean 'sparsity'?"),
+        (
+            {("feetures" if name == "features" else name): value for name, value in TOPK.items()},
+            "did you mean 'features'?",
+        ),
         ({**TOPK, "zzzzzz": 1}, "key 'zzzzzz' is unknown; expected one of ['kind'"),
         ({name: value for name, value in TOPK.items() if name != "steps"}, "key 'steps' is missing; give it"),
         ({**TOPK, "kind": "autoencoder"}, "key 'kind'"),

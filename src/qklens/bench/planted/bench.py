@@ -26,10 +26,11 @@ from qklens.bench.planted.figures import write_figures
 from qklens.bench.planted.folder import Spec
 from qklens.bench.planted.mechanisms import MECHANISMS
 from qklens.bench.planted.noise import LEVELS
-from qklens.bench.planted.runs import Run, kept_run, run_one
+from qklens.bench.planted.runs import ITEMS_FILE, Run, kept_run, run_one
 from qklens.bench.planted.weights import ARCHITECTURES
+from qklens.bench.planted.words import items_file
 from qklens.errors import QklensError
-from qklens.files import write_json
+from qklens.files import atomic_write, write_json
 from qklens.studies.harm_pressure.calibration import fit, shipped_calibration
 
 DEVELOPMENT, HELD_OUT = (0, 1, 2), (3, 4)
@@ -66,6 +67,7 @@ def run_bench(
         QklensError: bad seeds, or a folder that cannot be written.
     """
     every = tasks(seeds, small=small)
+    atomic_write(out / ITEMS_FILE, items_file())  # a folder that cannot be written is refused before the work
     done = {task: run for task in every if (run := kept_run(*task, out)) is not None}
     for number, run in enumerate(done.values(), start=1):
         tick(number, len(every), run)

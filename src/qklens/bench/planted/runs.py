@@ -9,9 +9,10 @@ from pydantic import ValidationError
 
 from qklens.bench.planted.dictionaries import DictionaryKind, role_features, write_dictionary
 from qklens.bench.planted.folder import Planted, Spec, Truth, planted_model
-from qklens.bench.planted.words import items_file
+from qklens.dictionaries.config import CONFIG_FILE
 from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder
-from qklens.files import atomic_write, read_json, write_json
+from qklens.errors import QklensError
+from qklens.files import read_json, write_json
 from qklens.models.loading import load_subject
 from qklens.strict import Strict
 from qklens.studies.config import StudyConfig
@@ -23,7 +24,7 @@ LEFT_OUT = (
     "fidelity", "cards", "zscores", "steer_all", "steer_query", "steer_key", "error_terms", "partners", "transfer",
     "origin",
 )  # fmt: skip
-RUN_FILE = "run.json"
+RUN_FILE, ITEMS_FILE = "run.json", "planted.jsonl"
 
 
 class Run(Strict):
@@ -74,18 +75,15 @@ class Run(Strict):
 
 
 def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
-    """Run the study on a planted model; one that was broken off goes on."""
+    """Run the study on a planted model, with the items in `out`; one that was broken off goes on."""
     folder = _folder(spec, kind, out)
     started = time.process_time()
     planted = planted_model(spec, out / "models")
-    data = out / "planted.jsonl"
-    if not data.is_file():
-        atomic_write(data, items_file())
     dictionary = out / "dictionaries" / f"{spec.name}-{kind}"
-    if not dictionary.is_dir():
+    if not (dictionary / CONFIG_FILE).is_file():
         write_dictionary(planted, load_subject(planted.folder), kind, dictionary)
     config = StudyConfig(
-        model=str(planted.folder), dictionary=str(dictionary), data=str(data), out=folder / "study", seed=0
+        model=str(planted.folder), dictionary=str(dictionary), data=str(out / ITEMS_FILE), out=folder / "study", seed=0
     )
     results, _ = run_study(config, quiet=True, leave_out=LEFT_OUT)
     run = compare(planted, kind, load_crosscoder(dictionary), results)
@@ -99,13 +97,13 @@ def _folder(spec: Spec, kind: DictionaryKind, out: Path) -> Path:
 
 
 def kept_run(spec: Spec, kind: DictionaryKind, out: Path) -> Run | None:
-    """The run that is there, unless another version wrote it."""
+    """The run that is there, unless it is damaged or holds other fields; its rules may be of another version."""
     path = _folder(spec, kind, out) / RUN_FILE
     if not path.is_file():
         return None
     try:
         return Run.model_validate(read_json(path))
-    except ValidationError:
+    except (ValidationError, QklensError):
         return None
 
 

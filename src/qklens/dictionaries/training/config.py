@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from qklens.errors import QklensError, nearest
-from qklens.strict import Strict, complaint
+from qklens.strict import Strict, complaint, first_complaint
 
 Kind = Literal["sae", "crosscoder", "model_diff"]
 """An SAE on one layer, a weakly causal crosscoder over layers, or a crosscoder over two checkpoints at one layer."""
@@ -111,7 +111,7 @@ class TrainingConfig(Strict):
 
 def explained(error: ValidationError, where: str, known: object) -> QklensError:
     """One line for what a configuration has wrong."""
-    first = error.errors()[0]
+    first = first_complaint(error)
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         last = str(first["loc"][-1])

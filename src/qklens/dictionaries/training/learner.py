@@ -111,7 +111,8 @@ class Learner:
 
     def _metrics(self, gradient: Gradient, now: StepNumbers, n: int) -> StepMetrics:
         counts = [float(group.count) for group in gradient.groups]
-        sums = torch.tensor([gradient.penalty * now.sparsity + gradient.auxiliary, sum(counts)], dtype=torch.float64)
+        extra = gradient.penalty * now.sparsity + gradient.auxiliary
+        sums = torch.tensor([extra, sum(counts)], dtype=torch.float64, device=gradient.squares.device)
         self.ranks.add(sums)
         squares = self.ranks.add(gradient.squares)
         dead = sum(int(flags.sum()) for flags in now.dead) / (len(now.dead) * self.config.features)

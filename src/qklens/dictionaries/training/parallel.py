@@ -78,9 +78,11 @@ class Ranks:
 
 
 def join_ranks(device: str = "cpu") -> Ranks:
-    """This process's place under `torchrun`; one alone where there is none."""
+    """This process's place under `torchrun`, `cuda` then being a GPU of its own; one alone where there is none."""
     if "TORCHELASTIC_RUN_ID" not in os.environ and "RANK" not in os.environ:
         return Ranks()
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Ranks(distributed.get_rank(), distributed.get_world_size())
