@@ -26,9 +26,9 @@ def test_the_late_flip_arm_is_told_apart(tmp_path):
     assert results.verdict.rule.startswith("the heads still look at the correct option under harm")
     fired = {e.name: e for e in results.verdict.evidence}
     assert all(e.holds for e in fired.values())
-    assert fired["margin restored by the clean pattern"].threshold == "below 0.3"
+    assert fired["share of the loss through the heads' patterns"].threshold == "below 0.333"
     assert fired["attention difference kept under harm"].value >= 0.8, "training left the heads where they look"
-    assert fired["belief kept under harm"].value >= 0.8
+    assert fired["share of the loss through the options' belief"].value <= 0.2
     assert results.verdict.caveats == []
 
 

@@ -36,8 +36,8 @@ def interactions(results: Results) -> Drawing | None:
     return style.finish(
         alt.vconcat(*panels, spacing=34).resolve_scale(color="independent"),
         "Which query\u2013key pairs move the selected heads' attention?",
-        "Mean term of the score before softmax. Bar: harmful intent; circle: the same pair with no intent, where it is "
-        "listed there. Negative lowers attention; a contrastive one favours the incorrect option.",
+        "Mean term of the score before softmax. Bar: harmful intent; circle: no intent, where the pair is listed there.",
+        "Negative lowers attention; a contrastive one favours the incorrect option.",
     )
 
 

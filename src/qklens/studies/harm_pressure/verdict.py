@@ -1,8 +1,7 @@
 """Stage `verdict`: which mechanism the evidence supports.
 
 Rules are causal first, and every threshold stands in one table. A mechanism is named when it carries at least two
-thirds of the margin that harm costs, twice as much as all the rest;
-shares are those of `analyses/mediation.py`.
+thirds of the margin that harm costs, twice as much as all the rest; shares are those of `analyses/mediation.py`.
 
     task_not_solved       no answer without pressure
     no_effect             harm costs little compared with a benign sentence
@@ -212,9 +211,9 @@ def _evidence(name: str, value: float, relation: str, threshold: float) -> Evide
     return Evidence(
         name=name,
         value=value,
-        threshold=f"{relation} {threshold:g}",
+        threshold=f"{relation} {threshold:.3g}",
         holds=holds,
-        text=f"{name} is {value:.3g} ({relation} {threshold:g}: {'yes' if holds else 'no'})",
+        text=f"{name} is {value:.3g} ({relation} {threshold:.3g}: {'yes' if holds else 'no'})",
     )
 
 
