@@ -36,7 +36,7 @@ def interactions(results: Results) -> Drawing | None:
     return style.finish(
         alt.vconcat(*panels, spacing=34).resolve_scale(color="independent"),
         "Which query\u2013key pairs move the selected heads' attention?",
-        "Mean term of the score before softmax. Bar: harmful intent; circle: no intent, where the pair is listed there.",
+        "Mean term of the score before softmax. Bar: harmful intent; circle: no intent, where it lists the pair too.",
         "Negative lowers attention; a contrastive one favours the incorrect option.",
     )
 
