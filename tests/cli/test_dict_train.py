@@ -14,6 +14,7 @@ import torch
 from qklens.data.items import load_dataset
 from qklens.dictionaries.formats.detect import load_dictionary
 from qklens.dictionaries.model_diff import load_model_diff
+from qklens.studies.training_progress import training_progress
 from tiny_folders import edit_tensors, tree
 
 NUMBERS = ("--features", "24", "--k", "3", "--steps", "12", "--batch", "16", "--context", "32")
@@ -188,6 +189,21 @@ def test_without_tensorboard_the_extra_is_named(train: Callable[..., Any], monke
     line = train(*NUMBERS, "--layers", "1", "--out", "made", "--tensorboard", "board").refused()
     assert "needs the package 'tensorboard': pip install 'qklens[tensorboard]'" in line
     assert tree(Path()) == {}
+
+
+def test_only_the_first_of_several_processes_speaks(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the number that `torchrun` gives a process."""
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with training_progress(3) as (report, caching):
+            report(0, {"loss": 1.0, "fvu": 1.0, "l0": 1.0, "dead": 0.0})
+            caching(2)()
+        said.append(capfd.readouterr().err)
+    assert "step 0" in said[0]
+    assert said[1] == ""
 
 
 def test_training_leaves_the_global_generator_alone(train: Callable[..., Any]) -> None:

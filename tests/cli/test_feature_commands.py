@@ -93,6 +93,7 @@ def test_a_corpus_is_written_once_and_another_request_is_refused(qklens: Callabl
         (("--count", "mcq=-3"), "expected a number"),
         (("--count", "many"), "expected a number"),
         (("--temperature", -1), "--temperature"),
+        (("--temperature", "inf"), "--temperature"),
     ],
 )
 def test_a_wrong_request_is_refused_before_a_file_is_there(

@@ -45,6 +45,7 @@ def train(
     Killed at any moment, the same command goes on from the last checkpoint and gives the same bytes. Under torchrun
     processes share each batch.
     """
+    from qklens.dictionaries.training.parallel import is_first
     from qklens.studies.train_dictionary import TrainRequest, train_dictionary
     from qklens.studies.training_progress import training_progress
 
@@ -69,6 +70,8 @@ def train(
         request = TrainRequest.parse({**kept, "training": _training(training)}, "dict train")
     with training_progress(request.training.steps, tensorboard) as (report, caching):
         made = train_dictionary(request, report, caching)
+    if not is_first():
+        return
     described = made.describe()
     if as_json:
         show.as_json(described)

@@ -44,7 +44,7 @@ class CorpusRequest(Strict):
     counts: dict[Kind, int] = Field(default_factory=lambda: dict.fromkeys(KINDS, 40))
     data: str = "harm_pressure"
     seed: int = 0
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     most_tokens: int = Field(default=48, ge=1)
 
 

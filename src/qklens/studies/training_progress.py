@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qklens.dictionaries.training.parallel import is_first
 from qklens.dictionaries.training.trainer import Report
 from qklens.errors import QklensError
 
@@ -24,6 +25,9 @@ def training_progress(
     Raises:
         QklensError: TensorBoard is wanted and not installed.
     """
+    if not is_first():
+        yield lambda _, __: None, lambda _: lambda: None
+        return
     writer = _writer(tensorboard)
     console = Console(stderr=True)
     columns = (

@@ -39,6 +39,7 @@ NO_K = {name: value for name, value in TOPK.items() if name != "k"}
         ({**TOPK, "first_k": 65}, "first_k is 65, features are 64"),
         ({**TOPK, "learning_rate": 0}, "key 'learning_rate'"),
         ({**TOPK, "learning_rate": float("nan")}, "key 'learning_rate'"),
+        ({**TOPK, "learning_rate": float("inf")}, "key 'learning_rate'"),
         ({**TOPK, "batch": 2.5}, "key 'batch'"),
         ({**TOPK, "beta1": 1.0}, "key 'beta1'"),
         ({**TOPK, "seed": -1}, "key 'seed'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from qklens.errors import QklensError, nearest
 from qklens.strict import Strict, complaint, first_complaint
@@ -45,6 +45,8 @@ class TrainingConfig(Strict):
         buffer_rows: rows among which the next batch is drawn.
         seed: of the first weights and the order of rows.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     kind: Kind
     layers: tuple[Annotated[int, Field(ge=0)], ...]

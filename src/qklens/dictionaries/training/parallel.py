@@ -88,6 +88,11 @@ def join_ranks(device: str = "cpu") -> Ranks:
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
+def is_first() -> bool:
+    """Whether this process is the one that speaks, as `torchrun` numbers them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def leave_ranks() -> None:
     """End what `join_ranks` began."""
     if distributed.is_initialized():
