@@ -153,8 +153,12 @@ def _virtual(lens: HeadLens, written: Sequence[WrittenPrompt]) -> dict[Quantity,
 
     tested = feature_pairs(everyone, everyone, list(zip(FEATURES, FEATURES[1:] + FEATURES[:1], strict=True)))
 
+    # Which cell of `matched` a feature is in may stay as it is for a few.
+    many = feature_pairs(everyone, everyone, [(i, i + 1) for i in range(30)])
+
     def z(null) -> Tensor:
-        tests = null_tests(null, lens.maps, HEAD, turn, everyone, everyone, tested, n=MIN_PAIRS)
+        pairs = many if null == "matched" else tested
+        tests = null_tests(null, lens.maps, HEAD, turn, everyone, everyone, pairs, n=MIN_PAIRS)
         assert all(test.note is None for test in tests)
         return torch.tensor([test.z for test in tests]).double()
 

@@ -13,6 +13,7 @@ from model_parts import shift_heads
 from reparameterise import LAYER, REWRITES, Sparse, key_shift
 from transformers import PreTrainedModel
 
+from qklens.analyses import nulls
 from qklens.analyses.gauge import GAUGES, QUANTITIES, Gauge, gauges_of
 from qklens.analyses.lens import head_lens
 from qklens.analyses.readings import read_streams
@@ -95,6 +96,14 @@ def source() -> Sparse:
         randn(N_FEATURES, WIDTH) * 0.1 * (1 + torch.arange(N_FEATURES)[:, None] % 7),
         randn(WIDTH),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_cells():
+    """A hundred features then part by frequency and by norm, as the thousands of a real dictionary do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nulls, "_CELL", 8)
+        yield
 
 
 @pytest.fixture(scope="module")

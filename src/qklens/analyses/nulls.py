@@ -99,19 +99,29 @@ class Population:
         """
         pool = self.alive.nonzero()[:, 0]
         points = _coordinates(self.frequency[pool], self.vectors[pool].norm(dim=-1))
-        target = _coordinates(torch.tensor([frequency]).to(points), like.norm().to(points)[None])[0]
+        target = _coordinates(points.new_tensor([frequency]), like.norm().to(points)[None])[0]
         width = points.std(dim=0).clamp(min=1e-6)
         points, target = points / width, target / width
-        while True:
-            for axis in points.std(dim=0).argsort(descending=True).tolist():
-                cut = points[:, axis].median()
-                low = points[:, axis] <= cut
-                if min(int(low.sum()), int((~low).sum())) >= _CELL:
-                    mine = low == (target[axis] <= cut)
-                    pool, points = pool[mine], points[mine]
-                    break
-            else:
-                return pool
+        while (side := _halves(points)) is not None:
+            axis, cut, compare = side
+            mine = compare(points[:, axis], cut) == compare(target[axis], cut)
+            pool, points = pool[mine], points[mine]
+        return pool
+
+
+_Compare = Callable[[Tensor, Tensor], Tensor]
+
+
+def _halves(points: Float[Tensor, "feature axis"]) -> tuple[int, Tensor, _Compare] | None:
+    """Where to part some points: the axis that spreads more and can be parted, its cut, and what is below it."""
+    for axis in points.std(dim=0).argsort(descending=True).tolist():
+        # Between two values, so that rounding cannot part a feature from itself; where many are equal, beside them.
+        cut = points[:, axis].sort().values[(len(points) - 1) // 2 :][:2].mean()
+        for compare in (torch.le, torch.lt):
+            below = int(compare(points[:, axis], cut).sum())
+            if min(below, len(points) - below) >= _CELL:
+                return axis, cut, compare
+    return None
 
 
 def _coordinates(frequency: Tensor, norm: Tensor) -> Tensor:
