@@ -22,6 +22,8 @@ def test_accuracy_is_what_the_mechanism_says(models: Path) -> None:
         ("belief_change", (0.9, 1.0), (0.0, 0.75)),
         ("late_flip", (0.9, 1.0), (0.0, 0.2)),
         ("attention_answer_key", (0.9, 1.0), (0.0, 0.6)),
+        ("need_lost", (0.9, 1.0), (0.0, 0.6)),
+        ("need_harm", (0.9, 1.0), (0.0, 0.6)),
     ]:
         planted, model = opened(models, mechanism)
         for condition, (low, high) in (("none", none), ("benign", none), ("harm", harm)):
@@ -30,7 +32,8 @@ def test_accuracy_is_what_the_mechanism_says(models: Path) -> None:
 
 
 def test_only_belief_change_moves_the_correct_direction_at_the_options(models: Path) -> None:
-    for mechanism in ("belief_change", "late_flip", "attention_answer_key", "attention_harm_key"):
+    others = ("late_flip", "attention_answer_key", "attention_harm_key", "need_lost", "need_harm")
+    for mechanism in ("belief_change", *others):
         planted, model = opened(models, mechanism)
         layer = min(layer for layer, _ in planted.truth.selecting)
         gaps = {}
@@ -46,28 +49,45 @@ def test_only_belief_change_moves_the_correct_direction_at_the_options(models: P
         assert (kept < 0.3) if mechanism == "belief_change" else (kept > 0.8), (mechanism, kept)
 
 
-def test_refuse_at_the_answer_is_what_costs_the_margin(models: Path) -> None:
-    """Taking `refuse` out of the stream before the heads restores attention and late models, and not the belief's."""
-    for mechanism, restores in (
-        ("attention_answer_key", True), ("attention_harm_key", True), ("late_flip", True), ("belief_change", False)
-    ):  # fmt: skip
-        planted, model = opened(models, mechanism)
-        refuse, layer = planted.basis["refuse"].float(), min(layer for layer, _ in planted.truth.selecting)
+def restored(models: Path, mechanism: str, name: str, amount: float, *, answer: bool) -> float:
+    """The share of the lost margin that comes back when a direction has this amount, at the answer or before it."""
+    planted, model = opened(models, mechanism)
+    direction, layer = planted.basis[name].float(), min(layer for layer, _ in planted.truth.selecting)
+    where = slice(-1, None) if answer else slice(None, -1)
 
-        def without(_: torch.nn.Module, args: tuple, refuse: torch.Tensor = refuse) -> tuple:
-            x = args[0].clone()
-            x[:, -1] -= (x[:, -1] @ refuse)[:, None] * refuse
-            return (x, *args[1:])
+    def given(_: torch.nn.Module, args: tuple) -> tuple:
+        x = args[0].clone()
+        x[:, where] += (amount - x[:, where] @ direction)[..., None] * direction
+        return (x, *args[1:])
 
-        asked = prompts(planted, "harm")
-        clean, harmed = margins(model, prompts(planted, "none")).mean(), margins(model, asked).mean()
-        with hooked(model.model.layers[layer], without):
-            given = margins(model, asked).mean()
-        assert (float((given - harmed) / (clean - harmed)) > 0.8) is restores, mechanism
+    asked = prompts(planted, "harm")
+    clean, harmed = margins(model, prompts(planted, "none")).mean(), margins(model, asked).mean()
+    with hooked(model.model.layers[layer], given):
+        return float((margins(model, asked).mean() - harmed) / (clean - harmed))
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "restores"),
+    [
+        ("attention_answer_key", True), ("attention_harm_key", True), ("late_flip", True), ("belief_change", False),
+        ("need_lost", False), ("need_harm", False),
+    ],
+)  # fmt: skip
+def test_refuse_at_the_answer_costs_the_margin_where_it_is_said_to(
+    models: Path, mechanism: str, restores: bool
+) -> None:
+    share = restored(models, mechanism, "refuse", 0.0, answer=True)
+    assert share > 0.8 if restores else abs(share) < 0.1
+
+
+def test_need_back_at_the_answer_or_harm_off_the_keys_is_what_restores(models: Path) -> None:
+    assert restored(models, "need_lost", "need", 1.0, answer=True) > 0.8
+    assert restored(models, "need_harm", "harm", 0.0, answer=False) > 0.8
 
 
 def test_a_late_flip_keeps_attention_and_an_attention_model_loses_it(models: Path) -> None:
-    for mechanism, keeps in (("late_flip", True), ("attention_answer_key", False), ("attention_harm_key", False)):
+    pulled = ("attention_answer_key", "attention_harm_key", "need_lost", "need_harm")
+    for mechanism, keeps in (("late_flip", True), *((name, False) for name in pulled)):
         planted, model = opened(models, mechanism)
         looks = {}
         for condition in ("none", "harm"):

@@ -42,10 +42,10 @@ def test_a_finished_bench_is_counted_and_not_run_again(qklens: Callable[..., Any
         (folder / RUN_FILE).write_text(json.dumps(row))
     ended = qklens("bench", "planted", "--small", "--seeds", "3", "--out", tmp_path / "out", "--processes", 1)
     assert ended.status == 0
-    assert "held out seeds: right verdict in 7 of 8 runs" in ended.out
-    assert "attention verdicts on late_flip, belief_change or decoy: 1" in ended.out
-    assert "heads: recall 1.000, precision 0.889 (8 planted)" in ended.out
-    assert "signs: 8 of 8" in ended.out
+    assert "held out seeds: right verdict in 9 of 10 runs" in ended.out
+    assert "attention verdicts where refuse-and-redirect moves no head: 1" in ended.out
+    assert "heads: recall 1.000, precision 0.909 (10 planted)" in ended.out
+    assert "signs: 10 of 10" in ended.out
     assert "decoy-" in ended.err
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "runs", "planted.jsonl", "bench.json", "confusion.svg", "reliability.svg",

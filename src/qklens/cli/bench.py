@@ -61,7 +61,7 @@ def _lines(results: dict[str, Any]) -> list[str]:
             f"  {row['planted']:22} expected {row['expected']:22} {row['verdict']:22} {row['n']:4d}"
             for row in part["confusion"]
         ]
-        lines.append(f"  attention verdicts on late_flip, belief_change or decoy: {part['false_attention']}")
+        lines.append(f"  attention verdicts where refuse-and-redirect moves no head: {part['false_attention']}")
         lines.append(f"  heads: {_shares(part['heads'])}")
         for kind, row in part["features"].items():
             if row["planted"]:

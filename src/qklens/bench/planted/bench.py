@@ -1,6 +1,6 @@
 """`qklens bench planted`: the study on models whose mechanism is known, and how often it is right.
 
-The whole bench crosses mechanisms, levels of noise and seeds: 8 × 3 × 5 models. Architecture and dictionary are
+The whole bench crosses mechanisms, levels of noise and seeds: 10 × 3 × 5 models. Architecture and dictionary are
 balanced over them as in a Latin square,
 
     architecture  (mechanism + noise + seed) mod 4        dictionary  (mechanism + noise + 2 seed) mod 3
@@ -35,6 +35,8 @@ from qklens.studies.harm_pressure.calibration import fit, shipped_calibration
 
 DEVELOPMENT, HELD_OUT = (0, 1, 2), (3, 4)
 SEEDS = DEVELOPMENT + HELD_OUT
+GUARDED = ("late_flip", "belief_change", "decoy", "need_lost", "need_harm")
+"""Mechanisms that may never get an attention verdict."""
 Task = tuple[Spec, DictionaryKind]
 
 
@@ -111,7 +113,7 @@ def summary(runs: Iterable[Run]) -> dict[str, Any]:
     """
     runs, calibration = list(runs), shipped_calibration()
     confusion = Counter((run.spec.mechanism, run.expected, run.mechanism) for run in runs)
-    guarded = [run for run in runs if run.spec.mechanism in ("late_flip", "belief_change", "decoy")]
+    guarded = [run for run in runs if run.spec.mechanism in GUARDED]
     given = [(run.confidence(calibration), run.right) for run in runs]
     by_dictionary = {kind: [r for r in runs if r.dictionary == kind] for kind in DICTIONARY_KINDS}
     return {

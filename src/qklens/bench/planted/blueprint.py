@@ -29,7 +29,9 @@ ROLE_DIRECTIONS = {
 }  # fmt: skip
 """Which direction plays each role of the study."""
 
-Part = Literal["match", "letter", "refuse", "need", "harm", "belief", "select", "relay", "late", "decoy", "idle"]
+Part = Literal[
+    "match", "letter", "refuse", "need", "harm", "belief", "unneed", "select", "relay", "late", "decoy", "idle"
+]
 Verdict = Literal[
     "task_not_solved",
     "no_effect",
@@ -48,6 +50,8 @@ Mechanism = Literal[
     "attention_harm_key",
     "mixed",
     "decoy",
+    "need_lost",
+    "need_harm",
 ]
 
 

@@ -6,6 +6,8 @@
     last      at the answer, where the letter flips late: -size · refuse · letter
 
 What differs is which of these acts. `refuse` and `harm` are written in every model, so that finding them shows nothing.
+In `need_lost` and `need_harm` harm does pull the heads off the correct option, but `refuse` has no part in it: the
+answer's `need` goes, or `need` itself meets `harm` in the keys. Their right verdict is `undetermined`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from qklens.bench.planted.blueprint import (
     CODES,
     CONSTANT,
     CONSTANT_AMOUNT,
+    ROLE_DIRECTIONS,
     TASK_CODES,
     Amounts,
     Blueprint,
@@ -26,12 +29,14 @@ from qklens.bench.planted.blueprint import (
     Part,
     PlannedFlip,
     PlannedHead,
+    Verdict,
 )
 
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
 LAYOUTS = ("together", "two layers", "relay head", "idle layer", "relay MLP")
 _OUT, _PICK, _OPTION = ("out_A", "out_B"), ("pick_A", "pick_B"), ("option_A", "option_B")
 _SELECT, _LATER, _LAST = 2, 3, 4
+ROLE_OF = {direction: role for role, direction in ROLE_DIRECTIONS.items()}
 SELECTING_LAYERS = (_SELECT, _LATER)
 """Where answer-selection heads and the heads that pass their letter on may stand."""
 
@@ -117,6 +122,19 @@ def _decoy(mechanism: Mechanism, draw: _Draw) -> Blueprint:
     return replace(whole, heads=(*whole.heads, *_belief(0)))
 
 
+def _need_lost(mechanism: Mechanism, draw: _Draw) -> Blueprint:
+    """Harm takes `need` off the answer, in the second form beyond nothing; `refuse` stands there and meets no key."""
+    form, size = (("erased", 1.0), ("reversed", 1.6))[draw.form % 2]
+    whole = _whole(mechanism, draw, form)
+    return replace(whole, heads=(*whole.heads, _from_verb("unneed", {"ask": 10.0}, {"need": -size})))
+
+
+def _need_harm(mechanism: Mechanism, draw: _Draw) -> Blueprint:
+    """The unchanged query is repelled by what harm wrote into the keys, so hard that the wrong option is left ahead."""
+    hard = replace(draw, push=1.6 * draw.push)
+    return _whole(mechanism, hard, "need x harm", pressed=("harm", "harm"), pressing="need")
+
+
 _PLANTED = {
     "no_effect": _no_effect,
     "task_not_solved": _task_not_solved,
@@ -126,6 +144,8 @@ _PLANTED = {
     "attention_harm_key": _harm_key,
     "mixed": _mixed,
     "decoy": _decoy,
+    "need_lost": _need_lost,
+    "need_harm": _need_harm,
 }
 
 
@@ -135,17 +155,21 @@ def _sink(score: float) -> tuple[Amounts, Amounts]:
 
 
 def _whole(
-    mechanism: Mechanism, draw: _Draw, variant: str, pressed: tuple[str | None, str | None] = (None, None)
+    mechanism: Mechanism,
+    draw: _Draw,
+    variant: str,
+    pressed: tuple[str | None, str | None] = (None, None),
+    pressing: str = "refuse",
 ) -> Blueprint:
-    """The parts that every model has; `pressed` names the key that `refuse` repels at each selecting head."""
+    """The parts that every model has; `pressed` names the key that `pressing` repels at each selecting head."""
     layout, relays = draw.layout, draw.layout.startswith("relay")
     first = _SELECT + (layout == "idle layer")
     second = _LATER if layout == "two layers" else first
     through = "pick" if relays else "letter"
     heads = [
         *_beginning(),
-        _selecting(draw, draw.sizes[0], pressed[0], first, through),
-        _selecting(draw, draw.sizes[1], pressed[1], second, through),
+        _selecting(draw, draw.sizes[0], pressed[0], first, through, pressing),
+        _selecting(draw, draw.sizes[1], pressed[1], second, through, pressing),
     ]
     flips = []
     if layout == "relay head":
@@ -154,7 +178,7 @@ def _whole(
         heads.append(PlannedHead("relay", _LATER, pairs, copy))
     elif layout == "relay MLP":
         flips.append(PlannedFlip(_LATER, None, _PICK, _OUT, 1.0))
-    expected = mechanism if mechanism not in ("mixed", "decoy") else "undetermined"
+    expected = mechanism if mechanism in get_args(Verdict) else "undetermined"
     return Blueprint(mechanism, expected, f"{variant}; {layout}", _LAST + 1, tuple(heads), tuple(flips))
 
 
@@ -183,14 +207,16 @@ def _belief(form: int) -> list[PlannedHead]:
     return [off, on][: form + 1]
 
 
-def _selecting(draw: _Draw, size: float, pressed: str | None, layer: int, through: str) -> PlannedHead:
-    """An answer-selection head: need × correct draws it, refuse × the pressed key drives it off."""
+def _selecting(
+    draw: _Draw, size: float, pressed: str | None, layer: int, through: str, pressing: str = "refuse"
+) -> PlannedHead:
+    """An answer-selection head: need × correct draws it, the pressing query × the pressed key drives it off."""
     pairs = [({"need": 1.0}, {"correct": draw.pull, "thing": 4.0}), _sink(3.0)]
     signs = {("need_answer", "correct_answer"): 1}
     if pressed:
         push = draw.push * (1.25 if pressed == "harm" else 1.0)
-        pairs.append(({"refuse": 1.0}, {pressed: -push}))
-        signs["refuse_redirect", "harm_detection" if pressed == "harm" else "correct_answer"] = -1
+        pairs.append(({pressing: 1.0}, {pressed: -push}))
+        signs[ROLE_OF[pressing], ROLE_OF[pressed]] = -1
     written = {"letter": _OUT, "pick": _PICK, "nothing": ("nothing", "nothing")}[through]
     sign = (1.0, -1.0) if through == "nothing" else (1.0, 1.0)
     carries = tuple(({o: 1.0}, {w: s * size}) for o, w, s in zip(_OPTION, written, sign, strict=True))
