@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted_raw import attention, margin, margins, opened, prompts
+from planted_raw import attention, margin, margins, opened, prompts, streams
 from transformers import PreTrainedModel
 
-from qklens.analyses.mediation import Runs, output_patches, pattern_patches
-from qklens.analyses.readings import read_attention, read_patterns
+from qklens.analyses.mediation import Runs, output_patches, pattern_patches, query_shifts
+from qklens.analyses.readings import read_attention, read_patterns, read_streams
 from qklens.data.render import Prompt
 from qklens.interventions.engine import Workset
 from qklens.models.loading import load_subject
@@ -99,3 +99,47 @@ def test_shares_of_patterns_and_outputs_are_those_of_plain_hooks(tmp_path: Path,
         assert share.caused == pytest.approx(float((clean - mixed["none"]) / (clean - harmed)), abs=1e-4)
         assert share.restored > 0.5
         assert share.ci[0] <= share.through <= share.ci[1]
+
+
+def with_queries(model: PreTrainedModel, prompt: Prompt, given: dict[Head, torch.Tensor]) -> torch.Tensor:
+    """The margin when each head's query at the answer is that of another residual."""
+    width = model.config.head_dim
+    with contextlib.ExitStack() as stack:
+        for layer in {at for at, _ in given}:
+            block = model.model.layers[layer]
+
+            def replace(module: torch.nn.Linear, _: object, out: torch.Tensor, layer: int = layer) -> torch.Tensor:
+                out = out.clone()
+                for (at, head), x in given.items():
+                    if at == layer:
+                        normed = model.model.layers[layer].input_layernorm(x.float()[None])
+                        mine = slice(head * width, (head + 1) * width)
+                        out[0, -1, mine] = torch.nn.functional.linear(normed, module.weight, module.bias)[0, mine]
+                return out
+
+            stack.callback(block.self_attn.q_proj.register_forward_hook(replace).remove)
+        return margin(model, prompt)
+
+
+@pytest.mark.parametrize(("mechanism", "by_need"), [("attention_answer_key", False), ("need_lost", True)])
+def test_the_query_is_given_back_along_need_and_across_it(tmp_path: Path, mechanism: str, by_need: bool) -> None:
+    planted, model = opened(tmp_path, mechanism, "llama_gqa")
+    heads = [tuple(head) for head in planted.truth.selecting]
+    layer = heads[0][0]
+    asked = {c: prompts(planted, c) for c in ("harm", "benign")}
+    work = {c: Workset(load_subject(planted.folder), asked[c]) for c in asked}
+    w = planted.basis["need"].float()
+    sides = [(asked[c], read_streams(work[c], [layer])) for c in asked]
+    ours = work["harm"].margins_each(query_shifts(heads, {layer: w}, *sides), idle_ok=True)
+    x = {c: [s[-1] for s in streams(model, asked[c], layer)] for c in asked}
+    unit = w.double() / w.double().norm()
+    for mine, along in zip(ours, (True, False), strict=True):
+        by_hand = []
+        for prompt, pressed, calm in zip(asked["harm"], x["harm"], x["benign"], strict=True):
+            part = ((calm - pressed) @ unit) * unit
+            to = pressed + (part if along else calm - pressed - part)
+            by_hand.append(with_queries(model, prompt, dict.fromkeys(heads, to)))
+        torch.testing.assert_close(mine, torch.stack(by_hand), atol=1e-4, rtol=1e-4)
+        harmed, clean = margins(model, asked["harm"]).mean(), margins(model, asked["benign"]).mean()
+        share = float((mine.mean() - harmed) / (clean - harmed))
+        assert share > 0.8 if along == by_need else abs(share) < 0.1

@@ -82,6 +82,8 @@ CAUSES = Causes(
     auc_harm=1.0,
     late_restored=0.0,
     attention_kept=0.0,
+    query_added=0.95,
+    query_need=0.0,
     origin=[(1, 7)],
     removal={"answer_key": 0.1, "harm_key": 0.7, "key_only": 0.1, "elsewhere": 0.0, "intent_key": 0.0},
 )
@@ -165,10 +167,25 @@ def test_neither_kind_of_key_means_undetermined():
     assert any("elsewhere" in e.name and not e.holds for e in verdict.evidence)
 
 
-def test_what_harm_wrote_counts_with_and_without_the_pressed_query():
-    """Alone, either half would lose to the options' ordinary keys."""
-    assert decide(removed(answer_key=0.4, harm_key=0.25, key_only=0.25)).mechanism == "attention_harm_key"
-    assert decide(removed(answer_key=0.4, harm_key=0.25, key_only=0.1)).mechanism == "attention_answer_key"
+def test_what_harm_wrote_into_keys_counts_only_where_the_pressed_query_meets_it():
+    assert decide(removed(answer_key=0.3, harm_key=0.55, key_only=0.15)).mechanism == "attention_harm_key"
+    for met in (0.0, 0.2, 0.45):
+        verdict = decide(removed(answer_key=0.1, harm_key=met, key_only=0.9 - met))
+        assert verdict.mechanism == "undetermined"
+
+
+def test_harm_that_the_ordinary_query_meets_is_no_pressure_feature():
+    """`need` × harm: nothing that pressure adds to the query takes part."""
+    verdict = decide(causes(removed(key_only=0.98), query_added=0.0))
+    assert verdict.mechanism == "undetermined"
+    assert "ordinary query" in verdict.rule
+
+
+def test_a_query_that_no_longer_asks_for_the_answer_is_no_pressure_feature():
+    """Its scores at the options' keys fall as much as under refuse × correct."""
+    verdict = decide(causes(removed(answer_key=0.98), query_added=0.0, query_need=0.98))
+    assert verdict.mechanism == "undetermined"
+    assert "call for the answer" in verdict.rule
 
 
 def test_a_patch_is_believed_by_its_lower_bound():
@@ -185,10 +202,20 @@ def test_a_margin_drop_without_an_accuracy_drop_is_an_effect():
 def test_the_distance_grows_with_the_evidence_and_confidence_is_what_the_bench_says_of_it():
     verdicts = [decide(causes(pattern=share(x))) for x in (0.7, 0.8, 0.9)]
     late = [decide(causes(LATE, late_restored=x)) for x in (0.7, 0.72, 0.75)]
-    for found in (verdicts, late):
+    nothing = [decide(causes(pattern=share(x), output=share(x), late_restored=x)) for x in (0.65, 0.6, 0.5)]
+    assert {v.mechanism for v in nothing} == {"undetermined"}
+    for found in (verdicts, late, nothing):
         assert [v.distance for v in found] == sorted({v.distance for v in found})
         for verdict in found:
             assert verdict.confidence == shipped_calibration().confidence(verdict.mechanism, verdict.distance)
+
+
+def test_the_distance_is_that_of_the_check_nearest_to_failing_in_typical_errors():
+    assert decide(causes(query_added=0.7)).distance == pytest.approx((0.7 - 2 / 3) / 0.2, abs=1e-3)
+    assert decide(causes(query_need=0.3)).distance == pytest.approx((1 / 3 - 0.3) / 0.2, abs=1e-3)
+    assert decide(removed(answer_key=0.4, harm_key=0.6)).distance == pytest.approx(0.5, abs=1e-3)
+    assert decide(removed(answer_key=0.1, elsewhere=0.9)).distance == pytest.approx(2.0, abs=1e-3)
+    assert decide(causes(LATE, late_restored=0.5)).distance == pytest.approx((2 / 3 - 0.5) / 0.2, abs=1e-3)
 
 
 def behaving(base: Measurements = ATTENTION, **changes: ConditionBehaviour) -> Measurements:
@@ -217,7 +244,9 @@ EDGES = {
     "separation_kept": ("belief_change", lambda x: causes(belief=share(0.9), separation_kept=x), -1),
     "attention_kept": ("late_flip", lambda x: causes(LATE, attention_kept=x), 1),
     "random_heads": ("attention_harm_key", lambda x: replace(ATTENTION, heads=heads(0.9, random=x)), -1),
-    "key_majority": ("attention_answer_key", lambda x: removed(answer_key=x, elsewhere=1 - x), 1),
+    "carries of what harm adds to the queries": ("attention_harm_key", lambda x: causes(query_added=x), 1),
+    "carries_not of the queries' need": ("attention_harm_key", lambda x: causes(query_need=x), -1),
+    "majority": ("attention_answer_key", lambda x: removed(answer_key=x, elsewhere=1 - x), 1),
     "carries of the belief": ("belief_change", lambda x: causes(belief=share(x), separation_kept=0.0), 1),
     "carries of the patterns": ("attention_harm_key", lambda x: causes(pattern=share(x)), 1),
     "carries of what is written later": ("late_flip", lambda x: causes(LATE, late_restored=x), 1),

@@ -29,6 +29,7 @@ from qklens.interventions.component import ComponentPatch
 from qklens.interventions.engine import Workset, letter_margins
 from qklens.interventions.patch import HeadAblation, PatternPatch
 from qklens.interventions.points import Intervention
+from qklens.interventions.shift import StreamShift
 from qklens.interventions.steer import Head
 from qklens.models.subject import Subject
 
@@ -164,6 +165,42 @@ def component_patch(
             rows = stream[layer][[its for _, its in pairs]]
             targets[layer].append(rows @ w / w.pow(2).sum())
     return ComponentPatch("correct answer", vectors, positions, targets)
+
+
+def query_shifts(
+    heads: Sequence[Head],
+    need: Mapping[int, Float[Tensor, " d_model"]],
+    harm: tuple[Sequence[Prompt], Sequence[dict[int, Tensor]]],
+    calm: tuple[Sequence[Prompt], Sequence[dict[int, Tensor]]],
+) -> tuple[StreamShift, StreamShift]:
+    """Give heads' queries at the answer what they had without harm: along the call for an answer, and all the rest.
+
+    δ = x_calm − x_harm at the answer, in resid_pre of the heads' layers; (⟨δ, w⟩ / ⟨w, w⟩) w and what is left of δ.
+
+    Args:
+        heads: whose queries read it; their keys and all else stay as they are.
+        need: per layer, the need-answer direction w.
+        harm: the prompts under harm and their streams.
+        calm: the same items and orders without, and theirs.
+
+    Returns:
+        The shift along w, and the shift across it.
+    """
+    shifts: tuple[dict[int, list[Tensor]], ...] = ({layer: [] for layer in need}, {layer: [] for layer in need})
+    for prompt, pressed, other, clean in zip(*harm, *calm, strict=True):
+        at, there = prompt.spans["answer"][0], other.spans["answer"][0]
+        for layer, w in need.items():
+            change = clean[layer][there] - pressed[layer][at]
+            along = (change @ w) / w.pow(2).sum() * w
+            for mine, part in zip(shifts, (along, change - along), strict=True):
+                rows = torch.zeros_like(pressed[layer])
+                rows[at] = part
+                mine[layer].append(rows)
+    along, across = (
+        StreamShift(label, mine, tuple(heads), "query", ("answer",))
+        for label, mine in zip(("need answer given back", "all else given back"), shifts, strict=True)
+    )
+    return along, across
 
 
 def late_restored(

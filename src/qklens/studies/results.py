@@ -235,23 +235,28 @@ class Evidence(Strict):
     text: str
 
 
+Mechanism = Literal[
+    "task_not_solved",
+    "no_effect",
+    "belief_change",
+    "late_flip",
+    "attention_answer_key",
+    "attention_harm_key",
+    "undetermined",
+]
+
+
 class Verdict(Strict):
     """The mechanism that the evidence supports."""
 
-    mechanism: Literal[
-        "task_not_solved",
-        "no_effect",
-        "belief_change",
-        "late_flip",
-        "attention_answer_key",
-        "attention_harm_key",
-        "undetermined",
-    ]
+    mechanism: Mechanism
     confidence: float = Field(description="how often such a verdict was right on planted models, at most `limit`")
     distance: float = Field(
-        0.0, description="of the number that decided from its threshold, in typical errors; 0 for undetermined"
+        default=0.0,
+        description="of the check nearest to failing from its threshold, in typical errors; for undetermined, how far "
+        "the rule nearest to holding fell short",
     )
-    limit: float = Field(1.0, description="what the number of items and the patch's interval allow")
+    limit: float = Field(default=1.0, description="what the number of items and the patch's interval allow")
     rule: str
     evidence: list[Evidence]
     caveats: list[str] = Field(default_factory=list, description="what the number of items leaves open")

@@ -41,14 +41,14 @@ METHODS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Confidence",
-        "How often verdicts whose deciding number lies as far from its threshold were right on planted models, whose "
-        "answer is known. Those are small, clean and far from most thresholds; a mechanism that nobody planted is not "
-        "among them.",
+        "How often verdicts that lie as far from the rules' thresholds were right on planted models, whose answer is "
+        "known. Those are small and clean; a mechanism that nobody planted is not among them. That of `undetermined` "
+        "says how often such a case was one of several mechanisms, or of none that has a name here.",
     ),
     (
         "Scope",
-        "The verdict is about this model, these items and this dictionary. A dictionary that splits or merges a "
-        "concept changes which pairs exist.",
+        "The verdict is about this model and these items; its rules read no dictionary. Roles and pairs are those of "
+        "this dictionary: one that splits or merges a concept changes which pairs exist.",
     ),
 )
 

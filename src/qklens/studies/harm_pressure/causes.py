@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from qklens.analyses.contrasts import contrast
 from qklens.analyses.factorial import Term, removal, shapley_values, term_rows
 from qklens.analyses.heads import restored_share
 from qklens.analyses.mediation import (
@@ -21,6 +22,7 @@ from qklens.analyses.mediation import (
     option_amounts,
     output_patches,
     pattern_patches,
+    query_shifts,
 )
 from qklens.analyses.readings import read_patterns
 from qklens.analyses.statistics import auc
@@ -50,6 +52,9 @@ class Causes(Strict):
         auc_harm: the same under harm.
         late_restored: all that is written after the heads.
         attention_kept: the heads' attention on the correct less the incorrect option under harm, over the same without.
+        query_added: restored, from benign to harm, by taking out of the origin's queries all that harm changed in them
+            but the need-answer direction.
+        query_need: restored by giving them their amount of that direction back.
         origin: of the heads, those of the earliest layers that restore what all do.
         removal: at these, the Shapley share of each kind of score term in what was lost from benign to harm.
     """
@@ -62,6 +67,8 @@ class Causes(Strict):
     auc_harm: float
     late_restored: float
     attention_kept: float
+    query_added: float
+    query_need: float
     origin: list[Head]
     removal: dict[str, float]
 
@@ -98,6 +105,7 @@ def measure_causes(lab: Lab, heads: Sequence[Head]) -> Causes:
         **_discrimination(lab, directions[layers[0]], layers[0]),
         late_restored=late_restored(lab.subject, runs, layers[-1], streams, readings),
         attention_kept=attention[1] / attention[0] if attention[0] > 1e-6 else 0.0,
+        **_query_parts(lab, origin),
         origin=origin,
         removal=measure_removals(lab, origin),
     )
@@ -127,6 +135,17 @@ def measure_removals(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
         return restored_share(work.margins([shift]), harmed, clean)
 
     return {str(term): value for term, value in shapley_values(restored).items()}
+
+
+def _query_parts(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
+    """Do the heads let go because of what harm adds to their queries, or because these no longer ask for the answer?"""
+    layers = sorted({layer for layer, _ in heads})
+    need = {layer: contrast(lab.residual_readings("discovery", layer), "need_answer").mean(dim=0) for layer in layers}
+    sides = [(lab.prompts(c, "report"), lab.streams(c, "report", layers)) for c in ("harm", "benign")]
+    harmed, clean = (lab.attention(c, "report").margins for c in ("harm", "benign"))
+    margins = lab.work("harm", "report").margins_each(query_shifts(heads, need, *sides), idle_ok=True)
+    along, across = (restored_share(given, harmed, clean) for given in margins)
+    return {"query_added": across, "query_need": along}
 
 
 def _answer_directions(lab: Lab, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -6,24 +6,35 @@ thirds of the margin that harm costs, twice as much as all the rest; shares are 
     task_not_solved       no answer without pressure
     no_effect             harm costs little compared with a benign sentence
     belief_change         the loss runs through the options' amount of the correct-answer direction, which shrinks
-    attention_*           the loss runs through the selected heads' patterns, and not through the belief; most of it
-                          through the options' ordinary keys, or through what harm wrote into the keys
+    attention_*           the loss runs through the selected heads' patterns, and not through the belief; what harm adds
+                          to their queries does it, by meeting the options' ordinary keys, or what harm wrote into keys
     late_flip             the loss runs through neither the heads' outputs nor the belief, and what is written after the
                           heads restores it, while they still look at the correct option
     undetermined          anything else: two mechanisms share the loss, or the checks conflict
 
-Confidence is counted on planted models, see `calibration.py`.
+A verdict's distance is the least slack of the checks that made it: how far each value is on its side of its threshold,
+in typical errors. That of `undetermined` is how far the rule that came nearest to holding fell short. What a distance
+is worth was counted on planted models, see `calibration.py`. No rule reads a dictionary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Literal, get_args
 
 from qklens.analyses.factorial import Term
 from qklens.studies.harm_pressure.calibration import shipped_calibration
 from qklens.studies.harm_pressure.causes import Causes
-from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, Evidence, HeadsDetails, Verdict
+from qklens.studies.results import (
+    BehaviourDetails,
+    Belief,
+    ConditionBehaviour,
+    Evidence,
+    HeadsDetails,
+    Mechanism,
+    Verdict,
+)
 
 THRESHOLDS = {
     "solved_accuracy": 0.80,
@@ -36,7 +47,7 @@ THRESHOLDS = {
     "separation_kept": 2 / 3,
     "attention_kept": 0.50,
     "random_heads": 1 / 3,
-    "key_majority": 0.50,
+    "majority": 0.50,
 }
 
 
@@ -51,6 +62,41 @@ class Measurements:
     causes: Causes | None
 
 
+_SHARE_ERROR, _BEHAVIOUR_ERROR = 0.2, 0.1
+"""Typical errors of a share of the loss, and of an accuracy or of a margin's fall."""
+
+
+@dataclass(frozen=True)
+class _Check:
+    """A number against its threshold, and what it says when it fails."""
+
+    name: str
+    value: float
+    relation: Literal["below", "above", "at least"]
+    threshold: float
+    failed: str = ""
+    error: float = _SHARE_ERROR
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value is on its side."""
+        if self.relation == "below":
+            return self.value < self.threshold
+        return self.value > self.threshold if self.relation == "above" else self.value >= self.threshold
+
+    @property
+    def slack(self) -> float:
+        """How far it is on its side, in typical errors; negative on the other."""
+        return (self.value - self.threshold) * (-1 if self.relation == "below" else 1) / self.error
+
+    @property
+    def evidence(self) -> Evidence:
+        """As results show it."""
+        threshold = f"{self.relation} {self.threshold:.3g}"
+        text = f"{self.name} is {self.value:.3g} ({threshold}: {'yes' if self.holds else 'no'})"
+        return Evidence(name=self.name, value=self.value, threshold=threshold, holds=self.holds, text=text)
+
+
 def decide(m: Measurements) -> Verdict:
     """Apply the rules in order; the first that holds decides."""
     return _not_solved(m) or _no_effect(m) or _belief_change(m) or _attention(m) or _late_flip(m) or _undetermined(m)
@@ -58,167 +104,179 @@ def decide(m: Measurements) -> Verdict:
 
 def _not_solved(m: Measurements) -> Verdict | None:
     none, t = m.behaviour["none"], THRESHOLDS
-    evidence = [
-        _evidence("accuracy without pressure", none.accuracy, "below", t["solved_accuracy"]),
-        _evidence("its lower bound", none.ci[0], "below", t["solved_bound"]),
+    checks = [
+        _Check("accuracy without pressure", none.accuracy, "below", t["solved_accuracy"], error=_BEHAVIOUR_ERROR),
+        _Check("its lower bound", none.ci[0], "below", t["solved_bound"], error=_BEHAVIOUR_ERROR),
     ]
-    if not any(e.holds for e in evidence):
+    if not any(check.holds for check in checks):
         return None
-    distance = max(t["solved_accuracy"] - none.accuracy, t["solved_bound"] - none.ci[0])
-    return Verdict(
-        **_strength("task_not_solved", distance / 0.1),
-        rule="the model does not answer the questions without pressure, so there is no answer to look away from",
-        evidence=evidence,
-    )
+    rule = "the model does not answer the questions without pressure, so there is no answer to look away from"
+    return _verdict("task_not_solved", max(check.slack for check in checks), rule, checks)
 
 
 def _no_effect(m: Measurements) -> Verdict | None:
-    t, b = THRESHOLDS, m.behaviour
-    drop = b["benign"].accuracy - b["harm"].accuracy
+    t, b, p = THRESHOLDS, m.behaviour, m.details.mcnemar_p
     relative = -m.details.harm_minus_benign[0] / max(b["benign"].margin, 1e-6)
-    accuracy_falls = drop >= t["accuracy_drop"] and m.details.mcnemar_p < t["mcnemar_p"]
-    margin_falls = relative >= t["margin_drop"] and m.details.harm_minus_benign[2] < 0
-    if accuracy_falls or margin_falls:
-        return None
-    return Verdict(
-        **_strength("no_effect", min((t["accuracy_drop"] - drop) / 0.05, (t["margin_drop"] - relative) / 0.1)),
-        rule="neither accuracy nor margin falls enough under harm compared with a benign sentence",
-        evidence=[
-            _evidence("accuracy lost, benign to harm", drop, "below", t["accuracy_drop"]),
-            _evidence("McNemar p, harm against benign", m.details.mcnemar_p, "at least", t["mcnemar_p"]),
-            _evidence("share of the margin lost, benign to harm", relative, "below", t["margin_drop"]),
-        ],
+    drop = _Check(
+        "accuracy lost, benign to harm", b["benign"].accuracy - b["harm"].accuracy, "below", t["accuracy_drop"],
+        error=_BEHAVIOUR_ERROR,
+    )  # fmt: skip
+    by_chance = _Check("McNemar p, harm against benign", p, "at least", t["mcnemar_p"])
+    fall = _Check(
+        "share of the margin lost, benign to harm", relative, "below", t["margin_drop"], error=_BEHAVIOUR_ERROR
     )
+    margin_falls = not fall.holds and m.details.harm_minus_benign[2] < 0
+    if margin_falls or not (drop.holds or by_chance.holds):
+        return None
+    rule = "neither accuracy nor margin falls enough under harm compared with a benign sentence"
+    return _verdict("no_effect", min(drop.slack, fall.slack), rule, [drop, by_chance, fall])
 
 
-def _belief_evidence(c: Causes) -> list[Evidence]:
+def _belief_checks(c: Causes) -> list[_Check]:
     t = THRESHOLDS
     return [
-        _evidence("share of the loss through the options' belief", c.belief.through, "at least", t["carries"]),
-        _evidence("separation of the options kept under harm", c.separation_kept, "below", t["separation_kept"]),
+        _Check("share of the loss through the options' belief", c.belief.through, "at least", t["carries"]),
+        _Check("separation of the options kept under harm", c.separation_kept, "below", t["separation_kept"]),
     ]
 
 
 def _belief_change(m: Measurements) -> Verdict | None:
-    c, t = m.causes, THRESHOLDS
-    if c is None:
+    if m.causes is None or not _hold(checks := _belief_checks(m.causes)):
         return None
-    evidence = _belief_evidence(c)
-    if not all(e.holds for e in evidence):
-        return None
-    return Verdict(
-        **_strength(
-            "belief_change",
-            min((c.belief.through - t["carries"]) / 0.2, (t["separation_kept"] - c.separation_kept) / 0.2),
+    rule = (
+        "the options' correct-answer direction shrinks under harm, and giving it back or taking it away moves the "
+        "margin"
+    )
+    auc = _Check("AUC of that direction under harm", m.causes.auc_harm, "below", m.causes.auc_none)
+    return _verdict("belief_change", _slack(checks), rule, [*checks, auc])
+
+
+def _pull_checks(c: Causes, heads: HeadsDetails) -> list[_Check]:
+    """That attention is pulled away, and not the belief, and that this costs the answer."""
+    t = THRESHOLDS
+    return [
+        _Check("share of the loss through the heads' patterns", c.pattern.through, "at least", t["carries"]),
+        _Check("margin restored by the clean pattern alone", c.pattern.restored, "at least", t["carries"]),
+        _Check("lower bound of that share", c.pattern.ci[0], "above", t["carries_not"]),
+        _Check("margin restored at random heads", heads.restored_random_heads, "below", t["random_heads"]),
+        _Check("share of the loss through the options' belief", c.belief.through, "below", t["carries_not"]),
+    ]
+
+
+def _key_checks(c: Causes) -> tuple[list[_Check], _Check, _Check]:
+    """That what harm adds to the heads' queries does it; and the two kinds of keys that it may meet at the options."""
+    t = THRESHOLDS
+    part = {term: max(c.removal.get(term, 0.0), 0.0) for term in get_args(Term)}
+    whole = max(sum(part.values()), 1e-9)
+    share = {term: value / whole for term, value in part.items()}
+    checks = [
+        _Check(
+            "margin restored by giving the queries need-answer back", c.query_need, "below", t["carries_not"],
+            "the heads' queries lose their call for the answer",
         ),
-        rule="the options' correct-answer direction shrinks under harm, and giving it back or taking it away moves the "
-        "margin",
-        evidence=[
-            *evidence,
-            _evidence("AUC of that direction under harm", c.auc_harm, "below", c.auc_none),
-        ],
+        _Check(
+            "ordinary query × what harm wrote into keys", share["key_only"], "below", t["majority"],
+            "by what harm wrote into keys that the ordinary query meets",
+        ),
+        _Check(
+            "pressed query × keys elsewhere", share["elsewhere"], "below", t["majority"],
+            "mostly by keys elsewhere than at the options",
+        ),
+        _Check(
+            "the sentence's own keys", share["intent_key"], "below", t["majority"],
+            "mostly by the keys of the sentence itself",
+        ),
+        _Check(
+            "margin restored without what harm added to the queries", c.query_added, "at least", t["carries"],
+            "what harm adds to the heads' queries carries too little of it",
+        ),
+    ]  # fmt: skip
+    neither = "through no one kind of key for the most part"
+    return (
+        checks,
+        _Check("pressed query × ordinary keys at the options", share["answer_key"], "above", t["majority"], neither),
+        _Check("pressed query × what harm wrote into keys", share["harm_key"], "above", t["majority"], neither),
     )
 
 
 def _attention(m: Measurements) -> Verdict | None:
-    c, t = m.causes, THRESHOLDS
-    if c is None or m.heads is None:
+    if m.causes is None or m.heads is None or not _hold(pull := _pull_checks(m.causes, m.heads)):
         return None
-    common = [
-        _evidence("share of the loss through the heads' patterns", c.pattern.through, "at least", t["carries"]),
-        _evidence("margin restored by the clean pattern alone", c.pattern.restored, "at least", t["carries"]),
-        _evidence("lower bound of that share", c.pattern.ci[0], "above", t["carries_not"]),
-        _evidence("margin restored at random heads", m.heads.restored_random_heads, "below", t["random_heads"]),
-        _evidence("share of the loss through the options' belief", c.belief.through, "below", t["carries_not"]),
-    ]
-    if not all(e.holds for e in common):
-        return None
-    part = {term: max(c.removal.get(term, 0.0), 0.0) for term in get_args(Term)}
-    whole = max(sum(part.values()), 1e-9)
-    harm, answer = (part["harm_key"] + part["key_only"]) / whole, part["answer_key"] / whole
-    terms = [
-        _evidence("of what the terms carry, what harm wrote into the keys", harm, "above", t["key_majority"]),
-        _evidence("of it, met by the pressed query", part["harm_key"] / whole, "at least", 0.0),
-        _evidence("the options' ordinary keys", answer, "above", t["key_majority"]),
-        _evidence("the pressed query elsewhere", part["elsewhere"] / whole, "below", t["key_majority"]),
-        _evidence("the sentence's own keys", part["intent_key"] / whole, "below", t["key_majority"]),
-    ]
-    if max(answer, harm) <= t["key_majority"]:
-        return Verdict(
-            **_strength("undetermined", 0.0),
-            rule="attention is pulled away, but mostly through neither kind of key at the options",
-            evidence=common + terms,
-        )
-    mechanism = "attention_harm_key" if harm >= answer else "attention_answer_key"
-    winner = "what harm wrote into the keys" if harm >= answer else "the options' ordinary keys"
-    distance = min((c.pattern.through - t["carries"]) / 0.2, (max(harm, answer) - t["key_majority"]) / 0.2)
-    return Verdict(
-        **_strength(mechanism, distance),
-        rule=f"the clean pattern restores the margin, and most of the loss runs through {winner}",
-        evidence=common + terms,
+    others, answer, harm = _key_checks(m.causes)
+    checks = [*pull, *others, max(answer, harm, key=lambda check: check.value)]
+    shown = [*pull, *others, answer, harm]
+    failed = [check.failed for check in checks if not check.holds]
+    if failed:
+        return _verdict("undetermined", -_slack(checks), f"attention is pulled away, but {failed[0]}", shown)
+    mechanism, keys = (
+        ("attention_answer_key", "the options' ordinary keys")
+        if answer in checks
+        else ("attention_harm_key", "what harm wrote into keys")
     )
+    rule = (
+        "the clean pattern restores the margin, and so does taking what harm added out of the heads' queries; most of "
+        f"that meets {keys}"
+    )
+    return _verdict(mechanism, _slack(checks), rule, shown)
+
+
+def _late_checks(c: Causes) -> list[_Check]:
+    t = THRESHOLDS
+    return [
+        _Check("share of the loss through the heads' patterns", c.pattern.through, "below", t["carries_not"]),
+        _Check("share through their whole outputs", c.output.through, "below", t["carries_not"]),
+        _Check("share of the loss through the options' belief", c.belief.through, "below", t["carries_not"]),
+        _Check("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
+        _Check("attention difference kept under harm", c.attention_kept, "at least", t["attention_kept"]),
+    ]
 
 
 def _late_flip(m: Measurements) -> Verdict | None:
-    c, t = m.causes, THRESHOLDS
-    if c is None:
+    if m.causes is None or not _hold(checks := _late_checks(m.causes)):
         return None
-    evidence = [
-        _evidence("share of the loss through the heads' patterns", c.pattern.through, "below", t["carries_not"]),
-        _evidence("share through their whole outputs", c.output.through, "below", t["carries_not"]),
-        _evidence("share of the loss through the options' belief", c.belief.through, "below", t["carries_not"]),
-        _evidence("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
-        _evidence("attention difference kept under harm", c.attention_kept, "at least", t["attention_kept"]),
-    ]
-    if not all(e.holds for e in evidence):
-        return None
-    distance = min(
-        (t["carries_not"] - max(c.pattern.through, c.output.through)) / 0.2, (c.late_restored - t["carries"]) / 0.2
-    )
-    return Verdict(
-        **_strength("late_flip", distance),
-        rule="the heads still look at the correct option under harm, and the loss is written after them",
-        evidence=evidence,
-    )
+    rule = "the heads still look at the correct option under harm, and the loss is written after them"
+    return _verdict("late_flip", _slack(checks), rule, checks)
 
 
 def _undetermined(m: Measurements) -> Verdict:
     c, t = m.causes, THRESHOLDS
-    evidence, rule = [], "no rule's evidence is complete: the causal checks disagree or fall between the thresholds"
-    if c is not None:
-        evidence = [
-            _evidence("share of the loss through the heads' patterns", c.pattern.through, "at least", t["carries"]),
-            _evidence("margin restored by the clean pattern alone", c.pattern.restored, "at least", t["carries"]),
-            _evidence("share through everything but their outputs", 1 - c.output.through, "at least", t["carries"]),
-            *_belief_evidence(c),
-            _evidence("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
-            _evidence("attention difference kept under harm", c.attention_kept, "at least", t["attention_kept"]),
-        ]
-        if t["carries_not"] <= c.pattern.through < t["carries"]:
-            rule = (
-                f"two mechanisms share the loss: the heads' patterns carry {c.pattern.through:.2f} of it, the rest "
-                f"{1 - c.pattern.through:.2f}"
-            )
-    return Verdict(**_strength("undetermined", 0.0), rule=rule, evidence=evidence)
+    rule = "no rule's evidence is complete: the causal checks disagree or fall between the thresholds"
+    if c is None:
+        return _verdict("undetermined", 0.0, rule, [])
+    attempts = [_belief_checks(c), _late_checks(c)]
+    if m.heads is not None:
+        attempts.append(_pull_checks(c, m.heads))
+    shown = [
+        _Check("share of the loss through the heads' patterns", c.pattern.through, "at least", t["carries"]),
+        _Check("margin restored by the clean pattern alone", c.pattern.restored, "at least", t["carries"]),
+        _Check("share through everything but their outputs", 1 - c.output.through, "at least", t["carries"]),
+        *_belief_checks(c),
+        _Check("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
+        _Check("attention difference kept under harm", c.attention_kept, "at least", t["attention_kept"]),
+    ]
+    if t["carries_not"] <= c.pattern.through < t["carries"]:
+        rule = (
+            f"two mechanisms share the loss: the heads' patterns carry {c.pattern.through:.2f} of it, the rest "
+            f"{1 - c.pattern.through:.2f}"
+        )
+    return _verdict("undetermined", -max(_slack(checks) for checks in attempts), rule, shown)
 
 
-def _evidence(name: str, value: float, relation: str, threshold: float) -> Evidence:
-    holds = {
-        "below": value < threshold,
-        "above": value > threshold,
-        "at least": value >= threshold,
-    }[relation]
-    return Evidence(
-        name=name,
-        value=value,
-        threshold=f"{relation} {threshold:.3g}",
-        holds=holds,
-        text=f"{name} is {value:.3g} ({relation} {threshold:.3g}: {'yes' if holds else 'no'})",
-    )
+def _hold(checks: Sequence[_Check]) -> bool:
+    return all(check.holds for check in checks)
 
 
-def _strength(mechanism: str, distance: float) -> dict[str, Any]:
-    """The mechanism, how far what decided lies from its threshold in typical errors, and how often such are right."""
+def _slack(checks: Sequence[_Check]) -> float:
+    """That of the check nearest to failing, or of the one that failed most."""
+    return min(check.slack for check in checks)
+
+
+def _verdict(mechanism: Mechanism, distance: float, rule: str, checks: Sequence[_Check]) -> Verdict:
     distance = round(max(distance, 0.0), 4)
-    confidence = shipped_calibration().confidence(mechanism, distance)
-    return {"mechanism": mechanism, "distance": distance, "confidence": confidence}
+    return Verdict(
+        mechanism=mechanism,
+        distance=distance,
+        confidence=shipped_calibration().confidence(mechanism, distance),
+        rule=rule,
+        evidence=[check.evidence for check in checks],
+    )
