@@ -277,6 +277,30 @@ def null_tests(
     return tests
 
 
+def tests_or_reasons(
+    null: NullName,
+    maps: ScoreMaps,
+    head: int,
+    turn: Rotation,
+    populations: tuple[Population, Population],
+    features: Sequence[tuple[int, int]],
+    *,
+    n: int,
+    seed: int,
+) -> list[NullTest | str]:
+    """Each pair of features against a null, or why the null cannot place it: it has no spread; see `null_tests`."""
+    queries, keys = populations
+
+    def against(some: Sequence[tuple[int, int]]) -> list[NullTest | str]:
+        pairs = feature_pairs(queries, keys, some)
+        try:
+            return list(null_tests(null, maps, head, turn, queries, keys, pairs, n=n, seed=seed))
+        except NoSpreadError as error:
+            return [str(error)] if len(some) == 1 else [one for pair in some for one in against([pair])]
+
+    return against(features)
+
+
 def seed_for(seed: int, layer: int, head: int, null: NullName) -> int:
     """A seed of its own for every head and null, so that no two share their draws; recorded with each test."""
     return int(np.random.SeedSequence([seed, layer, head, NULLS.index(null)]).generate_state(1)[0])

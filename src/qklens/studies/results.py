@@ -297,6 +297,7 @@ class Results(Strict):
     card_text: CardText | None = Field(default=None, description="the text that the cards were read on")
     zscores: list[ZScore]
     null_histograms: list[NullHistogram]
+    untested: list[str] = Field(default_factory=list, description="nulls that could place no pair at a head, and why")
     steering: list[Steering]
     error_terms: list[ErrorTerms]
     error_effects: list[ErrorEffect] = Field(default_factory=list)

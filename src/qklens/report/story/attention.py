@@ -219,7 +219,7 @@ def zscores(results: Results) -> Section:
         if len(names) > 1
     ]
     notes = dict.fromkeys(printable(h.note) for h in results.null_histograms if h.note)
-    paragraphs += [f"Note on the nulls: {note}." for note in notes]
+    paragraphs += [f"Note on the nulls: {note}." for note in [*notes, *map(printable, results.untested)]]
     table = Table(
         "Every named pair, head and null",
         ("head", "query", "key", "null", "interaction", "z", "p (empirical)", "q (Benjamini\u2013Hochberg)"),

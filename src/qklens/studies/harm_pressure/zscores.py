@@ -10,9 +10,8 @@ from qklens.analyses.contrasts import Role
 from qklens.analyses.nulls import (
     NULLS,
     NullTest,
-    feature_pairs,
-    null_tests,
     seed_for,
+    tests_or_reasons,
 )
 from qklens.analyses.statistics import benjamini_hochberg
 from qklens.dictionaries.source import feature_index
@@ -34,24 +33,32 @@ _BINS = 40
 
 
 def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
-    """Test each named pair at each head against each null; q-values run over all tests of the stage."""
+    """Test each named pair at each head against each null; q-values run over all tests of the stage.
+
+    A null without spread at a head places nothing there; that is said, and the others stand.
+    """
     features = {role: feature_index(lab.source, label) for role, label in roles.items()}
     index = [(features[query], features[key]) for query, key in PAIRS]
     rows: list[ZScore] = []
     histograms: list[NullHistogram] = []
+    untested: list[str] = []
     for layer, head in heads:
         maps = score_maps(lab.subject, layer)
         queries, keys = populations(lab, layer)
-        pairs = feature_pairs(queries, keys, index)
         small = queries.is_small or keys.is_small
         for null in NULLS:
             if null == "rotated" and small:  # there, random pairs are drawn within the covariance already
                 continue
             seed = seed_for(lab.seed, layer, head, null)
             turn = lab.mean_turn(layer)
-            tests = null_tests(null, maps, head, turn, queries, keys, pairs, n=N_DRAWS, seed=seed)
-            histograms.append(_histogram(layer, head, tests[0]))
+            tests = tests_or_reasons(null, maps, head, turn, (queries, keys), index, n=N_DRAWS, seed=seed)
+            placed = [test for test in tests if isinstance(test, NullTest)]
+            if placed:
+                histograms.append(_histogram(layer, head, placed[0]))
             for (query_role, key_role), test in zip(PAIRS, tests, strict=True):
+                if isinstance(test, str):
+                    untested.append(test)
+                    continue
                 rows.append(
                     ZScore(
                         layer=layer,
@@ -75,6 +82,7 @@ def run(lab: Lab, heads: Sequence[Head], roles: dict[Role, str]) -> StageOutput:
         results={
             "zscores": [row.model_dump() for row in rows],
             "null_histograms": [histogram.model_dump() for histogram in histograms],
+            "untested": list(dict.fromkeys(untested)),
         }
     )
 

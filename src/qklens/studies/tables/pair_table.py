@@ -17,11 +17,11 @@ import numpy as np
 from qklens.analyses.contrasts import QUERY_ROLES, ROLES, Role
 from qklens.analyses.interactions import PairTerms, Side, mean_terms, refuse_silence
 from qklens.analyses.lens import ERROR, HeadLens
-from qklens.analyses.nulls import MIN_PAIRS, NULLS, NullName, NullTest, feature_pairs, null_tests, seed_for
+from qklens.analyses.nulls import MIN_PAIRS, NULLS, NullName, NullTest, seed_for, tests_or_reasons
 from qklens.analyses.statistics import Array, benjamini_hochberg, bootstrap_mean, bootstrap_means, item_means
 from qklens.analyses.weighting import REALISED, Weighting
 from qklens.data.render import CONDITIONS
-from qklens.errors import NoSpreadError, QklensError, nearest
+from qklens.errors import QklensError, nearest
 from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps, virtual_interaction
 from qklens.studies.choices import belief_candidates, choose_heads, heads_to_read
@@ -227,14 +227,11 @@ def _test_pairs(
         return {}
     maps, turn = score_maps(lab.subject, head[0]), lab.mean_turn(head[0])
 
-    def against(null: NullName, some: Sequence[tuple[int, int]]) -> list[NullTest | str]:
-        chosen, seed = feature_pairs(queries, keys, some), seed_for(lab.seed, *head, null)
-        try:
-            return list(null_tests(null, maps, head[1], turn, queries, keys, chosen, n=request.draws, seed=seed))
-        except NoSpreadError as error:
-            return [str(error)] if len(some) == 1 else [one for pair in some for one in against(null, [pair])]
+    def against(null: NullName) -> list[NullTest | str]:
+        seed = seed_for(lab.seed, *head, null)
+        return tests_or_reasons(null, maps, head[1], turn, (queries, keys), pairs, n=request.draws, seed=seed)
 
-    by_null = [against(null, pairs) for null in request.nulls]
+    by_null = [against(null) for null in request.nulls]
     return {(head, *pair): list(row) for pair, row in zip(pairs, zip(*by_null, strict=True), strict=True)}
 
 
