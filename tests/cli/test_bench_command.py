@@ -16,8 +16,12 @@ from qklens.bench.planted.runs import RUN_FILE
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--seeds", "one"), "--seeds 'one': expected whole numbers joined by commas"),
-        (("--seeds", "-1"), "--seeds [-1]: expected numbers from 0"),
+        (("--seeds", "one"), "--seeds: 'one' is no whole number from 0"),
+        (("--seeds=-1",), "'-1' is no whole number from 0"),
+        (("--seeds=0,,1",), "--seeds: '' is no whole number from 0"),
+        (("--seeds=1_0",), "'1_0' is no whole number"),
+        (("--seeds", "1" * 400), "is no whole number"),
+        (("--seeds=3,1,3",), "--seeds: 3 stands there twice"),
         (("--out", "/proc/nowhere"), "/proc/nowhere/planted.jsonl: cannot write"),
         (("--processes", "0"), "Invalid value for '--processes'"),
     ],

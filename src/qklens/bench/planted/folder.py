@@ -93,8 +93,11 @@ def planted_model(spec: Spec, models: Path) -> Planted:
     if not 0 <= spec.noise < len(LEVELS):
         raise QklensError(f"noise level {spec.noise} does not exist; expected 0 to {len(LEVELS) - 1}")
     folder = models / spec.name
-    kept = _kept(folder, spec)
-    return kept or _write(spec, folder)
+    try:
+        return _kept(folder, spec) or _write(spec, folder)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise QklensError(f"{folder}: cannot be written ({reason}); free space or choose another --out") from error
 
 
 def _kept(folder: Path, spec: Spec) -> Planted | None:
@@ -119,7 +122,9 @@ def _write(spec: Spec, folder: Path) -> Planted:
     basis = draw_basis(noise.superposition, torch.Generator().manual_seed(seed))
     written = write_model(plan, spec.architecture, noise, basis, seed % 2**32)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = scratch / folder.name  # made as any folder is, while the one around it is for its maker alone
+    temporary.mkdir()
     try:
         written.model.config.save_pretrained(temporary)
         weights = {name: tensor.contiguous() for name, tensor in written.model.state_dict().items()}
@@ -148,7 +153,7 @@ def _write(spec: Spec, folder: Path) -> Planted:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return Planted(folder, truth, basis)
 
 
