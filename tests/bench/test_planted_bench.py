@@ -50,6 +50,7 @@ def run(expected: str, mechanism: str, **changes: object) -> Run:
         "variant": "", "expected": expected, "mechanism": mechanism, "distance": 1.0, "limit": 1.0, "rule": "",
         "planted_heads": [(2, 0), (2, 1)], "found_heads": [(2, 0), (2, 1)], "planted_features": ["a", "b"],
         "found_features": ["a", "b"], "cosines": {"a": 1.0, "b": 1.0}, "signs": [True], "cpu_seconds": 1.0,
+        "made": {"measured_by": "", "decided_by": ""},
     }  # fmt: skip
     return Run.model_validate(row | changes)
 

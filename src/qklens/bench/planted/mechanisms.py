@@ -13,7 +13,7 @@ answer's `need` goes, or `need` itself meets `harm` in the keys. Their right ver
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import cast, get_args
 
 import numpy as np
 
@@ -178,7 +178,7 @@ def _whole(
         heads.append(PlannedHead("relay", _LATER, pairs, copy))
     elif layout == "relay MLP":
         flips.append(PlannedFlip(_LATER, None, _PICK, _OUT, 1.0))
-    expected = mechanism if mechanism in get_args(Verdict) else "undetermined"
+    expected = cast("Verdict", mechanism) if mechanism in get_args(Verdict) else "undetermined"
     return Blueprint(mechanism, expected, f"{variant}; {layout}", _LAST + 1, tuple(heads), tuple(flips))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from pydantic import ValidationError
 
 from qklens.bench.planted.dictionaries import DictionaryKind, role_features, write_dictionary
 from qklens.bench.planted.folder import Planted, Spec, Truth, planted_model
+from qklens.bench.planted.provenance import Made, made
+from qklens.bench.planted.words import items_file
 from qklens.dictionaries.config import CONFIG_FILE
 from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder
 from qklens.errors import QklensError
@@ -24,7 +27,7 @@ LEFT_OUT = (
     "fidelity", "cards", "zscores", "steer_all", "steer_query", "steer_key", "error_terms", "partners", "transfer",
     "origin",
 )  # fmt: skip
-RUN_FILE, ITEMS_FILE = "run.json", "planted.jsonl"
+RUN_FILE, MADE_FILE, ITEMS_FILE = "run.json", "made.json", "planted.jsonl"
 
 
 class Run(Strict):
@@ -45,6 +48,7 @@ class Run(Strict):
         found_features: of these, the roles that were given such a feature.
         cosines: for each role, the best feature's cos with the planted direction, 0 below the least that counts.
         signs: for each planted pair that was measured, whether its sign is the planted one.
+        made: by what.
         cpu_seconds: processor time of the whole run, the model's and the dictionary's making included.
     """
 
@@ -62,6 +66,7 @@ class Run(Strict):
     found_features: list[str]
     cosines: dict[str, float]
     signs: list[bool]
+    made: Made
     cpu_seconds: float
 
     @property
@@ -75,11 +80,13 @@ class Run(Strict):
 
 
 def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
-    """Run the study on a planted model, with the items in `out`; one that was broken off goes on."""
+    """Run the study on a planted model, with the items in `out`; one that this code broke off goes on."""
     folder = _folder(spec, kind, out)
+    by = made_now(spec, kind)
+    _discard_stale(folder, by)
     started = time.process_time()
     planted = planted_model(spec, out / "models")
-    dictionary = out / "dictionaries" / f"{spec.name}-{kind}"
+    dictionary = folder / "dictionary"
     if not (dictionary / CONFIG_FILE).is_file():
         write_dictionary(planted, load_subject(planted.folder), kind, dictionary)
     config = StudyConfig(
@@ -96,15 +103,35 @@ def _folder(spec: Spec, kind: DictionaryKind, out: Path) -> Path:
     return out / "runs" / f"{spec.name}-{kind}"
 
 
+def made_now(spec: Spec, kind: DictionaryKind) -> Made:
+    """By what a run is made now."""
+    return made({"spec": spec.model_dump(), "dictionary": kind, "left_out": LEFT_OUT, "items": items_file()})
+
+
+def _discard_stale(folder: Path, by: Made) -> None:
+    """Remove what other code left: all of it, or the verdict alone where only the rules are others."""
+    path = folder / MADE_FILE
+    try:
+        had = Made.model_validate(read_json(path)) if path.is_file() else None
+    except (ValidationError, QklensError):
+        had = None
+    if had is None or had.measured_by != by.measured_by:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif had.decided_by != by.decided_by:
+        shutil.rmtree(folder / "study" / "stages" / "verdict", ignore_errors=True)
+    write_json(path, by.model_dump())
+
+
 def kept_run(spec: Spec, kind: DictionaryKind, out: Path) -> Run | None:
-    """The run that is there, unless it is damaged or holds other fields; its rules may be of another version."""
+    """The run that is there, unless it is damaged or was made by other code, other rules or other settings."""
     path = _folder(spec, kind, out) / RUN_FILE
     if not path.is_file():
         return None
     try:
-        return Run.model_validate(read_json(path))
+        run = Run.model_validate(read_json(path))
     except (ValidationError, QklensError):
         return None
+    return run if run.made == made_now(spec, kind) else None
 
 
 def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, results: Results) -> Run:
@@ -132,6 +159,7 @@ def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, resu
         found_features=right if solved else [],
         cosines={role: max(features.values(), default=0.0) for role, features in standing.items()},
         signs=signs if solved else [],
+        made=made_now(truth.spec, kind),
         cpu_seconds=0.0,
     )
 
