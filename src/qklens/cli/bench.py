@@ -83,6 +83,8 @@ def _lines(results: dict[str, Any]) -> list[str]:
                 held = f"; it holds {100 * row['held']:.0f}% of the roles' directions, mean cos {row['cosine']:.2f}"
                 lines.append(f"  features, {kind} dictionary: {_shares(row)}{held}")
         lines.append(f"  signs: {part['signs']['right']} of {part['signs']['n']}; Brier score {part['brier']:.3f}")
+        if part["graded"]["n"]:
+            lines.append(f"  graded models: right verdict in {part['graded']['right']} of {part['graded']['n']}")
         lines += [
             f"  confidence {row['confidence']:.3f}: right in {row['right']} of {row['n']}"
             for row in part["reliability"]

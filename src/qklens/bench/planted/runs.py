@@ -28,6 +28,8 @@ LEFT_OUT = (
     "origin",
 )  # fmt: skip
 RUN_FILE, MADE_FILE, ITEMS_FILE = "run.json", "made.json", "planted.jsonl"
+GRADED_ITEMS = 32
+"""Of the 48: the fewest whose report half does not cap a confidence by itself."""
 
 
 class Run(Strict):
@@ -38,6 +40,7 @@ class Run(Strict):
         dictionary: the dictionary.
         variant: the model's form and layout.
         expected: the right verdict.
+        share: of a graded model, the first cause's share as its weights have it.
         mechanism: the verdict.
         rule: its rule.
         planted_heads: answer-selection heads; empty where the model solves nothing and so selects nothing.
@@ -56,6 +59,7 @@ class Run(Strict):
     dictionary: DictionaryKind
     variant: str
     expected: str
+    share: float | None = None
     mechanism: str
     distance: float
     limit: float
@@ -90,7 +94,12 @@ def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
     if not (dictionary / CONFIG_FILE).is_file():
         write_dictionary(planted, load_subject(planted.folder), kind, dictionary)
     config = StudyConfig(
-        model=str(planted.folder), dictionary=str(dictionary), data=str(out / ITEMS_FILE), out=folder / "study", seed=0
+        model=str(planted.folder),
+        dictionary=str(dictionary),
+        data=str(out / ITEMS_FILE),
+        items=None if spec.strength is None else GRADED_ITEMS,
+        out=folder / "study",
+        seed=0,
     )
     results, _ = run_study(config, quiet=True, leave_out=LEFT_OUT)
     run = compare(planted, kind, load_crosscoder(dictionary), results)
@@ -149,6 +158,7 @@ def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, resu
         dictionary=kind,
         variant=truth.variant,
         expected=truth.expected,
+        share=truth.share,
         mechanism=results.verdict.mechanism,
         distance=results.verdict.distance,
         limit=results.verdict.limit,
