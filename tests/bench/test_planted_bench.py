@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qklens.bench.planted.bench import DEVELOPMENT, HELD_OUT, SEEDS, run_bench, summary, tasks
-from qklens.bench.planted.dictionaries import DICTIONARY_KINDS
+from qklens.bench.planted.blueprint import NAMES
+from qklens.bench.planted.dictionaries import DICTIONARY_KINDS, missing_directions
 from qklens.bench.planted.learned import TRAINING, learn_layer, side_by_side
 from qklens.bench.planted.mechanisms import MECHANISMS
 from qklens.bench.planted.noise import LEVELS
@@ -49,6 +50,7 @@ def run(expected: str, mechanism: str, **changes: object) -> Run:
         "variant": "", "expected": expected, "mechanism": mechanism, "distance": 1.0, "limit": 1.0, "rule": "",
         "planted_heads": [(2, 0), (2, 1)], "found_heads": [(2, 0), (2, 1)], "planted_features": ["a", "b"],
         "found_features": ["a", "b"], "cosines": {"a": 1.0, "b": 1.0}, "signs": [True], "cpu_seconds": 1.0,
+        "made": {"measured_by": "", "decided_by": ""},
     }  # fmt: skip
     return Run.model_validate(row | changes)
 
@@ -85,6 +87,14 @@ def test_dictionaries_of_one_layer_side_by_side_write_as_each_does_alone() -> No
         its = one.decode(layer, one.encode(layer, lambda _, x=x: x))
         assert float((its - its.mean(dim=0)).abs().max()) > 0.1
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fifth_of_the_directions_is_missing_in_both_signs_and_every_role_somewhere() -> None:
+    specs = [spec for spec, kind in tasks(SEEDS) if kind == "missing"]
+    gone = Counter(name for spec in specs for name in missing_directions(spec))
+    assert {len(missing_directions(spec)) for spec in specs} == {round(0.2 * (len(NAMES) - 1))}
+    assert set(gone) == {name for name in NAMES if name != "constant"}
+    assert all(0.05 < gone[name] / len(specs) < 0.45 for name in gone)
 
 
 @pytest.mark.slow

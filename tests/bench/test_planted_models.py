@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 from planted_raw import attention, hooked, margins, opened, prompts, streams
+
+from qklens.bench.planted.folder import Spec, planted_model
+from qklens.errors import QklensError
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +172,17 @@ def test_the_same_spec_writes_the_same_weights_and_a_whole_folder_is_reused(mode
     written = (first.folder / "model.safetensors").stat().st_mtime_ns
     opened(models, "no_effect", "qwen3")
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == written
+    assert [path.name for path in tmp_path.iterdir()] == [again.folder.name]
+
+
+def test_a_folder_has_the_rights_that_the_umask_leaves(tmp_path: Path) -> None:
+    spec = Spec(mechanism="no_effect", architecture="gpt2", noise=0, seed=0)
+    before = os.umask(0o027)
+    try:
+        folder = planted_model(spec, tmp_path / "models").folder
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QklensError, match="cannot be written"):
+        planted_model(spec, tmp_path / "file")

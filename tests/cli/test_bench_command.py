@@ -10,14 +10,18 @@ from typing import Any
 import pytest
 
 from qklens.bench.planted.bench import tasks
-from qklens.bench.planted.runs import RUN_FILE
+from qklens.bench.planted.runs import RUN_FILE, kept_run, made_now
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--seeds", "one"), "--seeds 'one': expected whole numbers joined by commas"),
-        (("--seeds", "-1"), "--seeds [-1]: expected numbers from 0"),
+        (("--seeds", "one"), "--seeds: 'one' is no whole number from 0"),
+        (("--seeds=-1",), "'-1' is no whole number from 0"),
+        (("--seeds=0,,1",), "--seeds: '' is no whole number from 0"),
+        (("--seeds=1_0",), "'1_0' is no whole number"),
+        (("--seeds", "1" * 400), "is no whole number"),
+        (("--seeds=3,1,3",), "--seeds: 3 stands there twice"),
         (("--out", "/proc/nowhere"), "/proc/nowhere/planted.jsonl: cannot write"),
         (("--processes", "0"), "Invalid value for '--processes'"),
     ],
@@ -35,7 +39,7 @@ def test_a_finished_bench_is_counted_and_not_run_again(qklens: Callable[..., Any
             "mechanism": "attention_harm_key" if wrong else "late_flip", "distance": 2.0, "limit": 1.0, "rule": "r",
             "planted_heads": [[2, 0]], "found_heads": [[2, 0], [2, 1]] if wrong else [[2, 0]],
             "planted_features": ["a"], "found_features": ["a"], "cosines": {"a": 0.9}, "signs": [True],
-            "cpu_seconds": 10.0,
+            "cpu_seconds": 10.0, "made": made_now(spec, kind).model_dump(),
         }  # fmt: skip
         folder = tmp_path / "out" / "runs" / f"{spec.name}-{kind}"
         folder.mkdir(parents=True)
@@ -50,3 +54,18 @@ def test_a_finished_bench_is_counted_and_not_run_again(qklens: Callable[..., Any
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "runs", "planted.jsonl", "bench.json", "confusion.svg", "reliability.svg",
     }  # fmt: skip
+
+
+def test_a_run_of_other_rules_is_not_kept(tmp_path: Path) -> None:
+    (spec, kind), *_ = tasks([3], small=True)
+    row = {
+        "spec": spec.model_dump(), "dictionary": kind, "variant": "", "expected": "no_effect", "mechanism": "no_effect",
+        "distance": 2.0, "limit": 1.0, "rule": "r", "planted_heads": [], "found_heads": [], "planted_features": [],
+        "found_features": [], "cosines": {}, "signs": [], "cpu_seconds": 1.0, "made": made_now(spec, kind).model_dump(),
+    }  # fmt: skip
+    folder = tmp_path / "runs" / f"{spec.name}-{kind}"
+    folder.mkdir(parents=True)
+    (folder / RUN_FILE).write_text(json.dumps(row))
+    assert kept_run(spec, kind, tmp_path) is not None
+    (folder / RUN_FILE).write_text(json.dumps(row | {"made": row["made"] | {"decided_by": "other rules"}}))
+    assert kept_run(spec, kind, tmp_path) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from qklens.cli import show
-from qklens.cli.options import Json, listed
+from qklens.cli.options import Json
 from qklens.errors import QklensError
 
 app = typer.Typer(no_args_is_help=True, help="Benches: the study on models whose mechanism is known.")
@@ -34,10 +35,7 @@ def planted(
     from qklens.bench.planted.bench import run_bench
     from qklens.bench.planted.runs import Run
 
-    try:
-        numbers = [int(text) for text in listed(seeds)]
-    except ValueError:
-        raise QklensError(f"--seeds {seeds!r}: expected whole numbers joined by commas, as 0,1,2") from None
+    numbers = _seeds(seeds)
 
     def tick(done: int, whole: int, run: Run) -> None:
         right = "" if run.mechanism == run.expected else f"  (planted: {run.expected})"
@@ -48,6 +46,23 @@ def planted(
         show.as_json(results)
     else:
         sys.stdout.write("\n".join(_lines(results)) + "\n")
+
+
+def _seeds(text: str) -> list[int]:
+    """Seeds in the order given.
+
+    Raises:
+        QklensError: a part that is no number of digits, or a seed that stands twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if bad := [part for part in parts if re.fullmatch(r"[0-9]{1,9}", part) is None]:
+        raise QklensError(
+            f"--seeds: {bad[0][:20]!r} is no whole number from 0 to 999999999; join such numbers by commas, as 0,1,2"
+        )
+    numbers = [int(part) for part in parts]
+    if twice := [n for n in numbers if numbers.count(n) > 1]:
+        raise QklensError(f"--seeds: {twice[0]} stands there twice; give each seed once")
+    return numbers
 
 
 def _lines(results: dict[str, Any]) -> list[str]:
@@ -68,6 +83,8 @@ def _lines(results: dict[str, Any]) -> list[str]:
                 held = f"; it holds {100 * row['held']:.0f}% of the roles' directions, mean cos {row['cosine']:.2f}"
                 lines.append(f"  features, {kind} dictionary: {_shares(row)}{held}")
         lines.append(f"  signs: {part['signs']['right']} of {part['signs']['n']}; Brier score {part['brier']:.3f}")
+        if part["graded"]["n"]:
+            lines.append(f"  graded models: right verdict in {part['graded']['right']} of {part['graded']['n']}")
         lines += [
             f"  confidence {row['confidence']:.3f}: right in {row['right']} of {row['n']}"
             for row in part["reliability"]

@@ -7,7 +7,8 @@ balanced over them as in a Latin square,
 
 so that each mechanism meets every architecture, dictionary and layout, each seed and each level all dictionaries. The
 small bench has one of these models a mechanism. Seeds 0 to 2 are those that rules, thresholds and the confidence's
-calibration were set on; 3 and 4 are held out, and their layouts are seen nowhere else.
+calibration were set on; 3 and 4 are held out, and their layouts are seen nowhere else. The full bench also has eight
+graded models a seed (`graded`): these say what a confidence is worth near the thresholds, where the others hardly come.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from typing import Any
 
 import torch
 
+from qklens.bench.planted.blueprint import Graded
 from qklens.bench.planted.dictionaries import DICTIONARY_KINDS, DictionaryKind
 from qklens.bench.planted.figures import write_figures
 from qklens.bench.planted.folder import Spec
+from qklens.bench.planted.graded import STRENGTHS, WEAK_STRENGTHS
 from qklens.bench.planted.mechanisms import MECHANISMS
 from qklens.bench.planted.noise import LEVELS
 from qklens.bench.planted.runs import ITEMS_FILE, Run, kept_run, run_one
@@ -60,6 +63,33 @@ def tasks(seeds: Sequence[int], *, small: bool = False) -> list[Task]:
     return found
 
 
+def graded_tasks(seeds: Sequence[int]) -> list[Task]:
+    """The graded models of some seeds, eight each; with the planted directions, since what they test is the verdict."""
+    found = list[Task]()
+    for seed in seeds:
+        n = seed % 5
+        wanted: list[tuple[Graded, float]] = [
+            ("answer_key_late", STRENGTHS[n]),
+            ("answer_key_late", STRENGTHS[n + 5]),
+            ("belief_late", STRENGTHS[n]),
+            ("belief_late", STRENGTHS[n + 5]),
+            ("harm_key_late", STRENGTHS[n + 5]),
+            ("answer_key_need", STRENGTHS[n + 5]),
+            ("weak_late", WEAK_STRENGTHS[n]),
+            ("weak_answer_key", WEAK_STRENGTHS[n + 5]),
+        ]
+        for place, (mechanism, strength) in enumerate(wanted):
+            spec = Spec(
+                mechanism=mechanism,
+                architecture=ARCHITECTURES[(place + seed) % len(ARCHITECTURES)],
+                noise=(place // 2 + seed) % len(LEVELS),
+                seed=seed,
+                strength=strength,
+            )
+            found.append((spec, "planted"))
+    return found
+
+
 def run_bench(
     seeds: Sequence[int], out: Path, *, small: bool, processes: int, tick: Callable[[int, int, Run], None]
 ) -> dict[str, Any]:
@@ -68,7 +98,7 @@ def run_bench(
     Raises:
         QklensError: bad seeds, or a folder that cannot be written.
     """
-    every = tasks(seeds, small=small)
+    every = [*tasks(seeds, small=small), *([] if small else graded_tasks(seeds))]
     atomic_write(out / ITEMS_FILE, items_file())  # a folder that cannot be written is refused before the work
     done = {task: run for task in every if (run := kept_run(*task, out)) is not None}
     for number, run in enumerate(done.values(), start=1):
@@ -90,7 +120,7 @@ def results_of(runs: Sequence[Run], seeds: Sequence[int], *, small: bool) -> dic
     """What `bench.json` holds: summaries of all, development and held-out runs, the calibration, and every run."""
     verdicts = [(run.mechanism, run.distance, run.right) for run in runs if run.spec.seed in DEVELOPMENT]
     return {
-        "schema": 1,
+        "schema": 2,
         "seeds": list(seeds),
         "small": small,
         "cpu_seconds": round(sum(run.cpu_seconds for run in runs), 1),
@@ -109,12 +139,15 @@ def _run(task: Task, out: Path) -> Run:
 def summary(runs: Iterable[Run]) -> dict[str, Any]:
     """Verdicts and their confusion matrix, false attention verdicts, recovery, and how well confidence is calibrated.
 
-    Confidence is by the calibration that ships.
+    Graded models count for confidence, beside the others; all else is of the others. Confidence is by the calibration
+    that ships.
     """
-    runs, calibration = list(runs), shipped_calibration()
+    everything, calibration = list(runs), shipped_calibration()
+    runs = [run for run in everything if run.spec.strength is None]
+    graded = [run for run in everything if run.spec.strength is not None]
     confusion = Counter((run.spec.mechanism, run.expected, run.mechanism) for run in runs)
     guarded = [run for run in runs if run.spec.mechanism in GUARDED]
-    given = [(run.confidence(calibration), run.right) for run in runs]
+    given = [(run.confidence(calibration), run.right) for run in everything]
     by_dictionary = {kind: [r for r in runs if r.dictionary == kind] for kind in DICTIONARY_KINDS}
     return {
         "n": len(runs),
@@ -134,6 +167,7 @@ def summary(runs: Iterable[Run]) -> dict[str, Any]:
             for kind, some in by_dictionary.items()
         },
         "signs": {"right": sum(sum(run.signs) for run in runs), "n": sum(len(run.signs) for run in runs)},
+        "graded": {"n": len(graded), "right": sum(run.right for run in graded)},
         "brier": _mean([(confidence - right) ** 2 for confidence, right in given]),
         "reliability": [
             {"confidence": confidence, "n": n, "right": sum(right for c, right in given if c == confidence)}

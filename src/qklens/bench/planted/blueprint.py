@@ -53,6 +53,8 @@ Mechanism = Literal[
     "need_lost",
     "need_harm",
 ]
+Graded = Literal["answer_key_late", "harm_key_late", "belief_late", "answer_key_need", "weak_late", "weak_answer_key"]
+"""Mixtures of two causes, and weak single ones, whose strength is graded; what is right for them is measured."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Blueprint:
 
     Attributes:
         mechanism: what was planted.
-        expected: the verdict that is right for it.
+        expected: the verdict that is right for it; of a graded one the first cause's.
         variant: which of the mechanism's forms, and how the letter reaches the output.
         n_layers: layers.
         heads: its heads; all others are idle or distractors.
@@ -107,7 +109,7 @@ class Blueprint:
         letter_bias: added to the stream's `out_A` at the answer.
     """
 
-    mechanism: Mechanism
+    mechanism: Mechanism | Graded
     expected: Verdict
     variant: str
     n_layers: int

@@ -2,11 +2,13 @@
 
 At each layer that may select the answer the named directions are the decoder, and the rows of their pseudo-inverse the
 encoder, so that without noise every activation is the planted amount. The bias is `constant`, and the mean of what no
-named direction writes. Each direction stands twice, once with either sign.
+named direction writes. Each direction stands twice, once with either sign; a missing one lacks both. Where a role's
+direction is missing no feature can stand for it: the role counts as not held, and what it is given instead as wrong.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qklens.bench.planted.blueprint import CONSTANT, CONSTANT_AMOUNT, NAMES, ROLE_DIRECTIONS
-from qklens.bench.planted.folder import Planted
+from qklens.bench.planted.folder import Planted, Spec
 from qklens.bench.planted.learned import learned_dictionary
 from qklens.bench.planted.mechanisms import SELECTING_LAYERS
 from qklens.bench.planted.words import planted_items
@@ -35,12 +37,20 @@ FEATURES = tuple((name, sign) for name in NAMES if name != CONSTANT for sign in 
 
 
 def kept_features(planted: Planted, kind: DictionaryKind) -> list[int]:
-    """Which of `FEATURES` the dictionary has; the missing fifth is drawn by the model's seed."""
-    if kind == "planted":
-        return list(range(len(FEATURES)))
-    generator = torch.Generator().manual_seed(planted.truth.spec.seed)
-    n = round((1 - MISSING_SHARE) * len(FEATURES))
-    return sorted(torch.randperm(len(FEATURES), generator=generator)[:n].tolist())
+    """Which of `FEATURES` the dictionary has."""
+    gone = missing_directions(planted.truth.spec) if kind == "missing" else frozenset()
+    return [i for i, (name, _) in enumerate(FEATURES) if name not in gone]
+
+
+def missing_directions(spec: Spec) -> frozenset[str]:
+    """The fifth of the directions, in both signs, that a dictionary with missing ones lacks; roles are not spared.
+
+    They are the first by a hash of the model's name and the direction's, so that each model lacks others. What such a
+    direction writes becomes error.
+    """
+    names = [name for name in NAMES if name != CONSTANT]
+    names.sort(key=lambda name: hashlib.sha256(f"{spec.name} lacks {name}".encode()).digest())
+    return frozenset(names[: round(MISSING_SHARE * len(names))])
 
 
 def write_dictionary(planted: Planted, subject: Subject, kind: DictionaryKind, folder: Path) -> Path:

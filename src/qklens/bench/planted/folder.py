@@ -7,15 +7,17 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save
 
 from qklens.bench.planted.basis import Basis, draw_basis
-from qklens.bench.planted.blueprint import Mechanism, Verdict
+from qklens.bench.planted.blueprint import Blueprint, Graded, Mechanism, Verdict
+from qklens.bench.planted.graded import EVERY, graded_blueprint, right_verdict
 from qklens.bench.planted.mechanisms import MECHANISMS, blueprint
 from qklens.bench.planted.noise import LEVELS
-from qklens.bench.planted.weights import ARCHITECTURES, Architecture, write_model
+from qklens.bench.planted.weights import ARCHITECTURES, Architecture, Written, write_model
 from qklens.bench.planted.words import planted_tokenizer
 from qklens.errors import QklensError
 from qklens.files import atomic_write, read_json, write_json
@@ -27,17 +29,19 @@ VERSION = 1
 
 
 class Spec(Strict):
-    """Which planted model."""
+    """Which planted model; a graded one has a strength, see `graded`."""
 
-    mechanism: Mechanism
+    mechanism: Mechanism | Graded
     architecture: Architecture
     noise: int
     seed: int
+    strength: float | None = None
 
     @property
     def name(self) -> str:
         """The directory's name."""
-        return f"{self.mechanism}-{self.architecture}-noise{self.noise}-seed{self.seed}"
+        strength = "" if self.strength is None else f"-{self.strength:g}"
+        return f"{self.mechanism}{strength}-{self.architecture}-noise{self.noise}-seed{self.seed}"
 
 
 class PlantedSign(Strict):
@@ -57,6 +61,7 @@ class Truth(Strict):
         version: of the writer.
         spec: what was asked for.
         expected: the verdict that is right.
+        share: of a graded model, the first cause's share of the margin lost, as its weights have it.
         variant: the mechanism's form and the layout.
         heads: every planted head's part, by (layer, head).
         selecting: the answer-selection heads: they look at the correct option without pressure, and their output
@@ -68,6 +73,7 @@ class Truth(Strict):
     version: int
     spec: Spec
     expected: Verdict
+    share: float | None = None
     variant: str
     heads: list[tuple[int, int, str]]
     selecting: list[tuple[int, int]]
@@ -88,13 +94,20 @@ def planted_model(spec: Spec, models: Path) -> Planted:
     """The model of a spec, written into `models` unless it lies there already, whole.
 
     Raises:
-        QklensError: a level of noise that does not exist, or a folder that cannot be written.
+        QklensError: a level of noise that does not exist, a strength where there is none or none where there is one, or
+            a folder that cannot be written.
     """
+    if (spec.mechanism in MECHANISMS) is (spec.strength is not None):
+        needs = "no strength" if spec.mechanism in MECHANISMS else "a strength between 0 and 1"
+        raise QklensError(f"{spec.mechanism} with strength {spec.strength}: expected {needs}")
     if not 0 <= spec.noise < len(LEVELS):
         raise QklensError(f"noise level {spec.noise} does not exist; expected 0 to {len(LEVELS) - 1}")
     folder = models / spec.name
-    kept = _kept(folder, spec)
-    return kept or _write(spec, folder)
+    try:
+        return _kept(folder, spec) or _write(spec, folder)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise QklensError(f"{folder}: cannot be written ({reason}); free space or choose another --out") from error
 
 
 def _kept(folder: Path, spec: Spec) -> Planted | None:
@@ -113,13 +126,26 @@ def _kept(folder: Path, spec: Spec) -> Planted | None:
 def _write(spec: Spec, folder: Path) -> Planted:
     """Write into a temporary directory and rename; the truth is part of what is renamed."""
     place = ARCHITECTURES.index(spec.architecture)
-    seed = int.from_bytes(hashlib.sha256(spec.model_dump_json().encode()).digest()[:6], "big")
+    seed = int.from_bytes(hashlib.sha256(spec.model_dump_json(exclude_none=True).encode()).digest()[:6], "big")
     noise = LEVELS[spec.noise]
-    plan = blueprint(spec.mechanism, spec.seed, place)
     basis = draw_basis(noise.superposition, torch.Generator().manual_seed(seed))
-    written = write_model(plan, spec.architecture, noise, basis, seed % 2**32)
+
+    def write(plan: Blueprint) -> Written:
+        return write_model(plan, spec.architecture, noise, basis, seed % 2**32)
+
+    if spec.strength is None:
+        plan = blueprint(cast("Mechanism", spec.mechanism), spec.seed, place)
+        expected, share = plan.expected, None
+    else:
+        mechanism = cast("Graded", spec.mechanism)
+        plans = {on: graded_blueprint(mechanism, spec.strength, spec.seed, place, on) for on in EVERY}
+        expected, share = right_verdict(mechanism, {on: write(plan).model for on, plan in plans.items()})
+        plan = plans[True, True]
+    written = write(plan)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = scratch / folder.name  # made as any folder is, while the one around it is for its maker alone
+    temporary.mkdir()
     try:
         written.model.config.save_pretrained(temporary)
         weights = {name: tensor.contiguous() for name, tensor in written.model.state_dict().items()}
@@ -129,7 +155,8 @@ def _write(spec: Spec, folder: Path) -> Planted:
         truth = Truth(
             version=VERSION,
             spec=spec,
-            expected=plan.expected,
+            expected=expected,
+            share=share,
             variant=plan.variant,
             heads=heads,
             selecting=[(layer, h) for layer, h, part in heads if part in ("select", "relay")],
@@ -148,7 +175,7 @@ def _write(spec: Spec, folder: Path) -> Planted:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return Planted(folder, truth, basis)
 
 

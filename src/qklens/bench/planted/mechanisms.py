@@ -13,7 +13,7 @@ answer's `need` goes, or `need` itself meets `harm` in the keys. Their right ver
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import cast, get_args
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from qklens.bench.planted.blueprint import (
     TASK_CODES,
     Amounts,
     Blueprint,
+    Graded,
     Mechanism,
     Part,
     PlannedFlip,
@@ -42,8 +43,16 @@ SELECTING_LAYERS = (_SELECT, _LATER)
 
 
 @dataclass(frozen=True)
-class _Draw:
-    """Numbers of one model that vary between seeds."""
+class Draw:
+    """Numbers of one model that vary between seeds.
+
+    Attributes:
+        layout: where the selecting heads stand, and how the letter reaches the output.
+        form: its remainders choose the mechanism's form.
+        pull: of need × correct.
+        push: of the pressing query × the pressed key.
+        sizes: the letter's share that each of the two selecting heads writes.
+    """
 
     layout: str
     form: int
@@ -60,57 +69,61 @@ def blueprint(mechanism: Mechanism, seed: int, variant: int = 0) -> Blueprint:
         seed: of the layout (seed modulo five), the form, and the strengths.
         variant: another draw of the strengths; the bench gives each architecture its own.
     """
-    rng = np.random.default_rng([seed, variant, MECHANISMS.index(mechanism)])
+    return _PLANTED[mechanism](mechanism, draw_numbers(MECHANISMS.index(mechanism), seed, variant))
+
+
+def draw_numbers(place: int, seed: int, variant: int) -> Draw:
+    """The numbers of a mechanism, by its place among all."""
+    rng = np.random.default_rng([seed, variant, place])
     first = float(rng.uniform(0.52, 0.65))
-    draw = _Draw(
+    return Draw(
         layout=LAYOUTS[seed % len(LAYOUTS)],
         form=seed + variant,
         pull=float(rng.uniform(6.0, 7.0)),
         push=float(rng.uniform(7.0, 8.5)),
         sizes=(first, 1.0 - first),
     )
-    return _PLANTED[mechanism](mechanism, draw)
 
 
-def _no_effect(mechanism: Mechanism, draw: _Draw) -> Blueprint:
-    return _whole(mechanism, draw, "idle pressure")
+def _no_effect(mechanism: Mechanism, draw: Draw) -> Blueprint:
+    return whole_model(mechanism, draw, "idle pressure")
 
 
-def _task_not_solved(mechanism: Mechanism, draw: _Draw) -> Blueprint:
-    whole = _whole(mechanism, draw, ("no correctness", "always A")[draw.form % 2])
+def _task_not_solved(mechanism: Mechanism, draw: Draw) -> Blueprint:
+    whole = whole_model(mechanism, draw, ("no correctness", "always A")[draw.form % 2])
     heads = tuple(h for h in whole.heads if h.part != "match")
     return replace(whole, heads=heads, letter_bias=(0.05, 2.0)[draw.form % 2])
 
 
-def _belief_change(mechanism: Mechanism, draw: _Draw) -> Blueprint:
-    whole = _whole(mechanism, draw, ("erased", "swapped")[draw.form % 2])
+def _belief_change(mechanism: Mechanism, draw: Draw) -> Blueprint:
+    whole = whole_model(mechanism, draw, ("erased", "swapped")[draw.form % 2])
     return replace(whole, heads=(*whole.heads, *_belief(draw.form % 2)))
 
 
-def _late_flip(mechanism: Mechanism, draw: _Draw) -> Blueprint:
+def _late_flip(mechanism: Mechanism, draw: Draw) -> Blueprint:
     form = ("MLP", "head on itself", "head on the wrong option")[draw.form % 3]
-    return _with_late(_whole(mechanism, draw, form), form, 1.4)
+    return with_late(whole_model(mechanism, draw, form), form, 1.4)
 
 
-def _answer_key(mechanism: Mechanism, draw: _Draw) -> Blueprint:
-    return _whole(mechanism, draw, "refuse x correct", pressed=("correct", "correct"))
+def _answer_key(mechanism: Mechanism, draw: Draw) -> Blueprint:
+    return whole_model(mechanism, draw, "refuse x correct", pressed=("correct", "correct"))
 
 
-def _harm_key(mechanism: Mechanism, draw: _Draw) -> Blueprint:
-    return _whole(mechanism, draw, "refuse x harm", pressed=("harm", "harm"))
+def _harm_key(mechanism: Mechanism, draw: Draw) -> Blueprint:
+    return whole_model(mechanism, draw, "refuse x harm", pressed=("harm", "harm"))
 
 
-def _mixed(mechanism: Mechanism, draw: _Draw) -> Blueprint:
+def _mixed(mechanism: Mechanism, draw: Draw) -> Blueprint:
     """One head of two is pressed, and what is left of the letter is cut by as much: each alone costs the same."""
     key = ("correct", "harm")[draw.form % 2]
-    whole = _whole(mechanism, draw, f"refuse x {key} and MLP", pressed=(key, None))
-    return _with_late(whole, "MLP", draw.sizes[0])
+    whole = whole_model(mechanism, draw, f"refuse x {key} and MLP", pressed=(key, None))
+    return with_late(whole, "MLP", draw.sizes[0])
 
 
-def _decoy(mechanism: Mechanism, draw: _Draw) -> Blueprint:
+def _decoy(mechanism: Mechanism, draw: Draw) -> Blueprint:
     """A strong negative pair that costs nothing: its head writes nothing, or is too sure to be moved by it."""
     kind, cause = ("idle output", "saturated")[draw.form % 2], ("late_flip", "belief_change")[(draw.form // 2) % 2]
-    whole = replace(_whole(mechanism, draw, f"{kind}, {cause}"), expected=cause)
+    whole = replace(whole_model(mechanism, draw, f"{kind}, {cause}"), expected=cause)
     if kind == "idle output":
         decoy = replace(_selecting(draw, 1.0, "correct", _SELECT, "nothing"), part="decoy")
     else:
@@ -118,21 +131,21 @@ def _decoy(mechanism: Mechanism, draw: _Draw) -> Blueprint:
         decoy = _selecting(firm, 0.6, "correct", _SELECT, "letter")
     whole = replace(whole, heads=(*whole.heads, decoy))
     if cause == "late_flip":
-        return _with_late(whole, "MLP", 1.4)
+        return with_late(whole, "MLP", 1.4)
     return replace(whole, heads=(*whole.heads, *_belief(0)))
 
 
-def _need_lost(mechanism: Mechanism, draw: _Draw) -> Blueprint:
+def _need_lost(mechanism: Mechanism, draw: Draw) -> Blueprint:
     """Harm takes `need` off the answer, in the second form beyond nothing; `refuse` stands there and meets no key."""
     form, size = (("erased", 1.0), ("reversed", 1.6))[draw.form % 2]
-    whole = _whole(mechanism, draw, form)
-    return replace(whole, heads=(*whole.heads, _from_verb("unneed", {"ask": 10.0}, {"need": -size})))
+    whole = whole_model(mechanism, draw, form)
+    return replace(whole, heads=(*whole.heads, from_verb("unneed", {"ask": 10.0}, {"need": -size})))
 
 
-def _need_harm(mechanism: Mechanism, draw: _Draw) -> Blueprint:
+def _need_harm(mechanism: Mechanism, draw: Draw) -> Blueprint:
     """The unchanged query is repelled by what harm wrote into the keys, so hard that the wrong option is left ahead."""
     hard = replace(draw, push=1.6 * draw.push)
-    return _whole(mechanism, hard, "need x harm", pressed=("harm", "harm"), pressing="need")
+    return whole_model(mechanism, hard, "need x harm", pressed=("harm", "harm"), pressing="need")
 
 
 _PLANTED = {
@@ -154,9 +167,9 @@ def _sink(score: float) -> tuple[Amounts, Amounts]:
     return {CONSTANT: score / CONSTANT_AMOUNT}, {"start": 1.0}
 
 
-def _whole(
-    mechanism: Mechanism,
-    draw: _Draw,
+def whole_model(
+    mechanism: Mechanism | Graded,
+    draw: Draw,
     variant: str,
     pressed: tuple[str | None, str | None] = (None, None),
     pressing: str = "refuse",
@@ -178,7 +191,7 @@ def _whole(
         heads.append(PlannedHead("relay", _LATER, pairs, copy))
     elif layout == "relay MLP":
         flips.append(PlannedFlip(_LATER, None, _PICK, _OUT, 1.0))
-    expected = mechanism if mechanism in get_args(Verdict) else "undetermined"
+    expected = cast("Verdict", mechanism) if mechanism in get_args(Verdict) else "undetermined"
     return Blueprint(mechanism, expected, f"{variant}; {layout}", _LAST + 1, tuple(heads), tuple(flips))
 
 
@@ -190,25 +203,26 @@ def _beginning() -> list[PlannedHead]:
     return [
         PlannedHead("match", 0, (*match, _sink(8.0)), (({"task": 1.0}, {"correct": 1.0}),)),
         PlannedHead("letter", 0, ordered, moved),
-        _from_verb("refuse", {"ask": 10.0}, {"refuse": 1.0}),
-        _from_verb("harm", {"thing": 5.0, "correct": 5.0}, {"harm": 1.0}),
+        from_verb("refuse", {"ask": 10.0}, {"refuse": 1.0}),
+        from_verb("harm", {"thing": 5.0, "correct": 5.0}, {"harm": 1.0}),
         PlannedHead("need", 1, (({"ask": 9.0}, {"letter": 1.0}), _sink(3.0)), (({"letter": 1.0}, {"need": 1.0}),)),
     ]
 
 
-def _from_verb(part: Part, query: Amounts, written: Amounts) -> PlannedHead:
+def from_verb(part: Part, query: Amounts, written: Amounts) -> PlannedHead:
+    """A head of layer 1 that, where the query stands, looks at a harm verb and writes."""
     return PlannedHead(part, 1, ((query, {"harm_verb": 1.0}), _sink(5.0)), (({"harm_verb": 1.0}, written),))
 
 
 def _belief(form: int) -> list[PlannedHead]:
     """Harm takes `correct` off the right thing; in the second form it also puts it on the wrong one."""
-    off = _from_verb("belief", {"correct": 11.0}, {"correct": -1.0})
-    on = _from_verb("belief", {"thing": 10.0, "correct": -20.0}, {"correct": 0.8})
+    off = from_verb("belief", {"correct": 11.0}, {"correct": -1.0})
+    on = from_verb("belief", {"thing": 10.0, "correct": -20.0}, {"correct": 0.8})
     return [off, on][: form + 1]
 
 
 def _selecting(
-    draw: _Draw, size: float, pressed: str | None, layer: int, through: str, pressing: str = "refuse"
+    draw: Draw, size: float, pressed: str | None, layer: int, through: str, pressing: str = "refuse"
 ) -> PlannedHead:
     """An answer-selection head: need × correct draws it, the pressing query × the pressed key drives it off."""
     pairs = [({"need": 1.0}, {"correct": draw.pull, "thing": 4.0}), _sink(3.0)]
@@ -223,7 +237,7 @@ def _selecting(
     return PlannedHead("decoy" if through == "nothing" else "select", layer, tuple(pairs), carries, signs)
 
 
-def _with_late(whole: Blueprint, form: str, size: float) -> Blueprint:
+def with_late(whole: Blueprint, form: str, size: float) -> Blueprint:
     """The letter at the output is cut by `size` of itself under refuse; beyond 1 it flips."""
     if form == "MLP":
         return replace(whole, flips=(*whole.flips, PlannedFlip(_LAST, "refuse", _OUT, _OUT, -size)))

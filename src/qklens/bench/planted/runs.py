@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from pydantic import ValidationError
 
 from qklens.bench.planted.dictionaries import DictionaryKind, role_features, write_dictionary
 from qklens.bench.planted.folder import Planted, Spec, Truth, planted_model
+from qklens.bench.planted.provenance import Made, made
+from qklens.bench.planted.words import items_file
 from qklens.dictionaries.config import CONFIG_FILE
 from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder
 from qklens.errors import QklensError
@@ -24,7 +27,9 @@ LEFT_OUT = (
     "fidelity", "cards", "zscores", "steer_all", "steer_query", "steer_key", "error_terms", "partners", "transfer",
     "origin",
 )  # fmt: skip
-RUN_FILE, ITEMS_FILE = "run.json", "planted.jsonl"
+RUN_FILE, MADE_FILE, ITEMS_FILE = "run.json", "made.json", "planted.jsonl"
+GRADED_ITEMS = 32
+"""Of the 48: the fewest whose report half does not cap a confidence by itself."""
 
 
 class Run(Strict):
@@ -35,6 +40,7 @@ class Run(Strict):
         dictionary: the dictionary.
         variant: the model's form and layout.
         expected: the right verdict.
+        share: of a graded model, the first cause's share as its weights have it.
         mechanism: the verdict.
         rule: its rule.
         planted_heads: answer-selection heads; empty where the model solves nothing and so selects nothing.
@@ -45,6 +51,7 @@ class Run(Strict):
         found_features: of these, the roles that were given such a feature.
         cosines: for each role, the best feature's cos with the planted direction, 0 below the least that counts.
         signs: for each planted pair that was measured, whether its sign is the planted one.
+        made: by what.
         cpu_seconds: processor time of the whole run, the model's and the dictionary's making included.
     """
 
@@ -52,6 +59,7 @@ class Run(Strict):
     dictionary: DictionaryKind
     variant: str
     expected: str
+    share: float | None = None
     mechanism: str
     distance: float
     limit: float
@@ -62,6 +70,7 @@ class Run(Strict):
     found_features: list[str]
     cosines: dict[str, float]
     signs: list[bool]
+    made: Made
     cpu_seconds: float
 
     @property
@@ -75,15 +84,22 @@ class Run(Strict):
 
 
 def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
-    """Run the study on a planted model, with the items in `out`; one that was broken off goes on."""
+    """Run the study on a planted model, with the items in `out`; one that this code broke off goes on."""
     folder = _folder(spec, kind, out)
+    by = made_now(spec, kind)
+    _discard_stale(folder, by)
     started = time.process_time()
     planted = planted_model(spec, out / "models")
-    dictionary = out / "dictionaries" / f"{spec.name}-{kind}"
+    dictionary = folder / "dictionary"
     if not (dictionary / CONFIG_FILE).is_file():
         write_dictionary(planted, load_subject(planted.folder), kind, dictionary)
     config = StudyConfig(
-        model=str(planted.folder), dictionary=str(dictionary), data=str(out / ITEMS_FILE), out=folder / "study", seed=0
+        model=str(planted.folder),
+        dictionary=str(dictionary),
+        data=str(out / ITEMS_FILE),
+        items=None if spec.strength is None else GRADED_ITEMS,
+        out=folder / "study",
+        seed=0,
     )
     results, _ = run_study(config, quiet=True, leave_out=LEFT_OUT)
     run = compare(planted, kind, load_crosscoder(dictionary), results)
@@ -96,15 +112,35 @@ def _folder(spec: Spec, kind: DictionaryKind, out: Path) -> Path:
     return out / "runs" / f"{spec.name}-{kind}"
 
 
+def made_now(spec: Spec, kind: DictionaryKind) -> Made:
+    """By what a run is made now."""
+    return made({"spec": spec.model_dump(), "dictionary": kind, "left_out": LEFT_OUT, "items": items_file()})
+
+
+def _discard_stale(folder: Path, by: Made) -> None:
+    """Remove what other code left: all of it, or the verdict alone where only the rules are others."""
+    path = folder / MADE_FILE
+    try:
+        had = Made.model_validate(read_json(path)) if path.is_file() else None
+    except (ValidationError, QklensError):
+        had = None
+    if had is None or had.measured_by != by.measured_by:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif had.decided_by != by.decided_by:
+        shutil.rmtree(folder / "study" / "stages" / "verdict", ignore_errors=True)
+    write_json(path, by.model_dump())
+
+
 def kept_run(spec: Spec, kind: DictionaryKind, out: Path) -> Run | None:
-    """The run that is there, unless it is damaged or holds other fields; its rules may be of another version."""
+    """The run that is there, unless it is damaged or was made by other code, other rules or other settings."""
     path = _folder(spec, kind, out) / RUN_FILE
     if not path.is_file():
         return None
     try:
-        return Run.model_validate(read_json(path))
+        run = Run.model_validate(read_json(path))
     except (ValidationError, QklensError):
         return None
+    return run if run.made == made_now(spec, kind) else None
 
 
 def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, results: Results) -> Run:
@@ -122,6 +158,7 @@ def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, resu
         dictionary=kind,
         variant=truth.variant,
         expected=truth.expected,
+        share=truth.share,
         mechanism=results.verdict.mechanism,
         distance=results.verdict.distance,
         limit=results.verdict.limit,
@@ -132,6 +169,7 @@ def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, resu
         found_features=right if solved else [],
         cosines={role: max(features.values(), default=0.0) for role, features in standing.items()},
         signs=signs if solved else [],
+        made=made_now(truth.spec, kind),
         cpu_seconds=0.0,
     )
 
