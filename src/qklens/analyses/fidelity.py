@@ -54,7 +54,7 @@ def measure_fidelity(
         blank = _loss(subject, usable, _replacer(layer, lambda x, _, mean=mean: mean.to(x).expand_as(x)))
 
         def rebuilt(x: Tensor, stream: Callable[[int], Tensor], layer: int = layer) -> Tensor:
-            return x - write_parts(source, layer, lambda m: x if m == layer else stream(m)).error
+            return x - source.error(layer, lambda m: x if m == layer else stream(m))
 
         kept = blank - _loss(subject, usable, _replacer(layer, rebuilt, source.reads(layer)))
         recovered[layer] = kept / (blank - clean) if blank > clean else None

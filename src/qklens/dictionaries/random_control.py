@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qklens.dictionaries.directions import Directions
-from qklens.dictionaries.source import FeatureSource, Stream, at_least_float32, check_layer, dense_decode
+from qklens.dictionaries.source import FeatureSource, Stream, OwnError, at_least_float32, check_layer, dense_decode
 from qklens.errors import QklensError
 
 RandomLaw = Literal["isotropic", "covariance"]
@@ -32,7 +32,7 @@ _ENTRIES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
-class RandomControl:
+class RandomControl(OwnError):
     """A control; made by `random_control`.
 
     Attributes:
