@@ -61,7 +61,7 @@ class FeatureSource(Protocol):
     def error(
         self, layer: int, stream: Stream, activations: Float[Tensor, "*any feature"] | None = None
     ) -> Float[Tensor, "*any d_model"]:
-        """What it leaves of the stream, e = x − x̂, in its dtype; `OwnError` has it."""
+        """What it leaves of the stream, e = x − x̂, in its dtype; `ErrorByDecoding` has it."""
         ...
 
     def directions(self, layer: int) -> Float[Tensor, "feature d_model"]:
@@ -77,7 +77,7 @@ class FeatureSource(Protocol):
         ...
 
 
-class OwnError:
+class ErrorByDecoding:
     """The error of a source, from its `encode` and `decode`; every source inherits it, so that there is one."""
 
     def error(
