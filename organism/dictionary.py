@@ -28,7 +28,7 @@ from qklens.dictionaries.training.trainer import Trainer
 from qklens.files import atomic_write
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
-from qklens.studies.dictionary_check import record_fidelity
+from qklens.studies.fidelity_record import record_fidelity
 
 LAYERS = (1, 2, 3)
 DOCUMENTS, CHECKED = 6000, 300
@@ -114,7 +114,7 @@ def main() -> None:
     fidelity = measure_fidelity(subject, stored, checked)
     folder = options.organism / "dictionary"
     save_crosscoder(stored, folder)
-    final = record_fidelity(stored, folder, fidelity, checked)
+    final = record_fidelity([subject], stored, folder, fidelity, checked)
     atomic_write(folder / "README.md", card(final))
     print(fidelity, flush=True)
 

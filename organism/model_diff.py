@@ -34,7 +34,7 @@ from organism.dictionary import sequences
 from organism.model_diff_figure import draw
 from organism.recipe import RECIPE
 from organism.train import DATA, OUT
-from qklens.dictionaries.model_diff import ModelDiff
+from qklens.dictionaries.model_diff import SIDES, ModelDiff
 from qklens.dictionaries.source import fraction_variance_unexplained
 from qklens.dictionaries.training.config import TrainingConfig
 from qklens.dictionaries.training.finish import as_model_diff
@@ -111,7 +111,7 @@ class Pair:
         """At the answer position, `prompt feature`."""
         site = f"resid_pre.{self.layer}"
         streams = [capture(s, s.batch(texts), [site])[site][:, -1].float() for s in (self.base, self.chat)]
-        return self.diff.encode_both(*streams)
+        return self.diff.encode(self.layer, lambda _: torch.cat(streams, dim=1))
 
     def refuses(self, subject: Subject, texts: Sequence[str], change: Tensor | None = None) -> float:
         """Share of prompts whose next token opens a refusal, with a `prompt d_model` change added at the answer."""
@@ -138,11 +138,11 @@ def trained(base: Subject, chat: Subject, rows: Tensor, held: Tensor, layer: int
     diff = as_model_diff(
         made.learner, made.scale, name="diff", base_sha256=base.sha256 or "", chat_sha256=chat.sha256 or ""
     )
-    sides = held.chunk(2, dim=1)
-    activations = diff.encode_both(*sides)
+    activations = diff.encode(layer, lambda _: held)
+    errors = diff.error(layer, lambda _: held, activations).chunk(2, dim=1)
     unexplained = {
-        side: fraction_variance_unexplained(x, x - x_hat)
-        for side, x, x_hat in zip(("base", "chat"), sides, diff.decode_both(activations), strict=True)
+        side: fraction_variance_unexplained(x, error)
+        for side, x, error in zip(SIDES, held.chunk(2, dim=1), errors, strict=True)
     }
     live = (activations > 0).float().mean(dim=0) > LIVE
     l0 = float((activations > 0).float().sum(dim=1).mean())
@@ -170,13 +170,14 @@ def separation(pair: Pair, feature: int, sets: dict[str, Prompts]) -> dict[str, 
 
 def scaling(diff: ModelDiff, feature: int, rows: Tensor) -> float:
     """How much of f d_chat the base model's stream holds, over how much the chat model's does; at mean square 1."""
-    sides = rows.chunk(2, dim=1)
-    activations = diff.encode_both(*sides)
+    layer = diff.config.layer
+    activations = diff.encode(layer, lambda _: rows)
+    errors = diff.error(layer, lambda _: rows, activations).chunk(2, dim=1)
     own = activations[:, feature]
     direction = diff.decoder[1, feature] * diff.scale[1]
     amounts = []
-    for side, (x, x_hat) in enumerate(zip(sides, diff.decode_both(activations), strict=True)):
-        left = (x - x_hat + own[:, None] * diff.decoder[side, feature]) * diff.scale[side]
+    for side, error in enumerate(errors):
+        left = (error + own[:, None] * diff.decoder[side, feature]) * diff.scale[side]
         amounts.append(float((left @ direction) @ own / (own.pow(2).sum() * direction.pow(2).sum())))
     return amounts[0] / amounts[1]
 

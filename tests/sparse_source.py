@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qklens.dictionaries.source import Stream, dense_decode
+from qklens.dictionaries.source import ErrorByDecoding, Stream, dense_decode
 
 
 @dataclass(frozen=True, eq=False)
-class SparseSource:
+class SparseSource(ErrorByDecoding):
     """aᵢ = pᵢ sᵢ where pᵢ = ⟨eᵢ, x − b⟩ > t, else 0; the sign sᵢ makes some activations negative."""
 
     labels: tuple[str, ...]

@@ -13,7 +13,7 @@ import torch
 from model_parts import along, map_heads, norms, output, scale_epsilon, scale_norm, shift_heads, untie, writers
 from torch import Tensor
 
-from qklens.dictionaries.source import Stream
+from qklens.dictionaries.source import ErrorByDecoding, Stream
 from qklens.models.scores import rotation
 from qklens.models.subject import Subject
 
@@ -21,7 +21,7 @@ LAYER = 1
 
 
 @dataclass(frozen=True, eq=False)
-class Sparse:
+class Sparse(ErrorByDecoding):
     """A feature source of one layer: a = relu(|x W| − θ) M + c, x = a D + b + e; active in any model's stream."""
 
     encoder: Tensor

@@ -16,7 +16,7 @@ from qklens.analyses.nulls import Population, feature_pairs, null_tests
 from qklens.analyses.weighting import CONTRASTIVE, REALISED, SHARE, Weighting
 from qklens.analyses.written import WrittenPrompt, write_prompts
 from qklens.data.render import PARTS, LetterForm, Prompt, render
-from qklens.dictionaries.source import dense_decode
+from qklens.dictionaries.source import ErrorByDecoding, dense_decode
 from qklens.models.batch import left_padded
 from qklens.models.scores import offset_rotation, score_maps, virtual_interaction
 from qklens.models.subject import Subject, wrap_model
@@ -107,7 +107,7 @@ def test_permuting_features_permutes_results(lab, order, head, weighting):
     assert [p[:2] for p in second.top(5)] == [p[:2] for p in first.top(5)]
 
 
-class Reordered:
+class Reordered(ErrorByDecoding):
     """A source whose features stand in another order; its activations are the original's, reordered."""
 
     def __init__(self, source: SparseSource, original: SparseSource, order: list[int]) -> None:
@@ -135,7 +135,7 @@ def test_scaling_decoders_and_activations_inversely_changes_nothing(lab, sizes, 
     close(found, wanted)
 
 
-class Rescaled:
+class Rescaled(ErrorByDecoding):
     """Decoders times s, activations over s."""
 
     def __init__(self, source: SparseSource, scale: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from qklens.analyses.weighting import CONTRASTIVE, REALISED
 from qklens.analyses.written import WrittenPrompt, write_prompts
 from qklens.data.render import LetterForm, Prompt, render
 from qklens.dictionaries.crosscoder import load_crosscoder
-from qklens.dictionaries.source import FeatureSource, write_parts
+from qklens.dictionaries.source import FeatureSource
 from qklens.interventions.direction import feature_direction
 from qklens.interventions.steer import Steer
 from qklens.models.batch import left_padded
@@ -130,7 +130,7 @@ class Measure:
         return VectorEdit(self.layer, side, mask, lambda x, at: x - part(x, at), (head,), True, reads)
 
     def error_edit(self, side: Side, positions) -> VectorEdit:
-        return self.take_out(lambda _, at: write_parts(self.source, self.layer, at).error, side, positions)
+        return self.take_out(lambda _, at: self.source.error(self.layer, at), side, positions)
 
     def bias_edit(self, side: Side, positions) -> VectorEdit:
         return self.take_out(lambda x, _: self.source.bias(self.layer).to(x).expand_as(x), side, positions)

@@ -90,8 +90,11 @@ def test_a_crosscoder_over_two_checkpoints(
     assert diff.config.fidelity is not None
     assert set(diff.config.fidelity.fraction_variance_unexplained) == {"base", "chat"}
     assert diff.config.base_sha256 != diff.config.chat_sha256
+    assert diff.config.batch is not None
     for command in (("dict", "check", "diff", "--model", model), ("dict", "show", "diff", "L1/3", "--model", model)):
-        assert "is a crosscoder over two checkpoints" in qklens(*command).refused()
+        line = qklens(*command).refused()
+        assert "is a crosscoder over two checkpoints" in line
+        assert "--base-model" in line
 
 
 def test_the_same_keys_from_a_file(qklens: Callable[..., Any], model: Path, corpus: Path) -> None:

@@ -169,6 +169,26 @@ def test_written_parts_add_up_to_the_stream(seed: int, layer: int) -> None:
     torch.testing.assert_close(parts.directions, crosscoder.decoder[layer].double(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layer", [0, 5])
+def test_the_error_is_what_encode_and_decode_leave(layer: int) -> None:
+    """Also of a stream in another dtype, in which it comes back, and of activations that are given."""
+    crosscoder = random_crosscoder()
+    x = streams(crosscoder)
+    written = sum(
+        a[:, None] * d.double()
+        for a, d in zip(crosscoder.encode(layer, x.__getitem__).T, crosscoder.decoder[layer], strict=True)
+    )
+    expected = x[layer] - written - crosscoder.decoder_bias[layer].double()
+    torch.testing.assert_close(crosscoder.error(layer, x.__getitem__), expected)
+    none = torch.zeros(len(x[layer]), len(crosscoder.labels))
+    torch.testing.assert_close(
+        crosscoder.error(layer, x.__getitem__, none), x[layer] - crosscoder.decoder_bias[layer].double()
+    )
+    half = crosscoder.error(layer, lambda m: x[m].bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), expected, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("activation", [Relu(), TopK(k=3), TopK(k=99), JumpRelu()])
 def test_every_activation_function_equals_a_plain_loop_and_survives_a_round_trip(
     tmp_path: Path, activation: Any

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from qklens.dictionaries.activation import Activation, JumpRelu, Relu, Threshold, TopK
+from qklens.dictionaries.config import DiffFidelity
 from qklens.dictionaries.model_diff import (
-    DiffFidelity,
     ModelDiff,
     ModelDiffConfig,
     load_model_diff,
     save_model_diff,
 )
+from qklens.dictionaries.random_control import LAWS, RandomLaw, random_control
+from qklens.dictionaries.source import FeatureSource, write_parts
 from qklens.errors import QklensError
 from tiny_folders import edit_json, edit_tensors
 
@@ -43,6 +45,10 @@ def streams() -> tuple[torch.Tensor, torch.Tensor]:
     return base, chat
 
 
+def both(_: int) -> torch.Tensor:
+    return torch.cat(streams(), dim=-1)
+
+
 @pytest.mark.parametrize("activation", [Relu(), TopK(k=2), Threshold(threshold=0.25), JumpRelu()])
 def test_it_reads_and_writes_both_streams_and_survives_the_disk(tmp_path: Path, activation: Activation) -> None:
     diff, (base, chat) = made(activation), streams()
@@ -57,11 +63,12 @@ def test_it_reads_and_writes_both_streams_and_survives_the_disk(tmp_path: Path, 
     expected = before * on
     save_model_diff(diff, tmp_path)
     for one in (diff, load_model_diff(tmp_path)):
-        torch.testing.assert_close(one.encode_both(base, chat), expected)
-        written = one.decode_both(expected)
-        for side in range(2):
+        torch.testing.assert_close(one.encode(2, both), expected)
+        written = one.decode(2, expected).chunk(2, dim=-1)
+        left = one.error(2, both).chunk(2, dim=-1)
+        for side, x in enumerate((base, chat)):
             torch.testing.assert_close(written[side], expected @ diff.decoder[side] + diff.decoder_bias[side])
-        torch.testing.assert_close(one.decode(2, expected), written[1])
+            torch.testing.assert_close(left[side], x - written[side])
     again = load_model_diff(tmp_path)
     assert again.config == diff.config
     assert again.sha256
@@ -77,15 +84,35 @@ def test_the_relative_norm_compares_streams_at_their_own_scale() -> None:
     assert diff.relative_norm()[:3].tolist() == pytest.approx([0.5, 0.0, 1.0])
 
 
-def test_as_a_source_it_is_the_chat_models_and_cannot_encode() -> None:
+def test_as_a_source_it_writes_both_streams_side_by_side_exactly() -> None:
     diff = made()
-    assert torch.equal(diff.directions(2), diff.decoder[1])
-    assert torch.equal(diff.bias(2), diff.decoder_bias[1])
+    assert isinstance(diff, FeatureSource)
+    assert torch.equal(diff.directions(2)[:, WIDTH:], diff.decoder[1])
     assert (diff.layers, diff.reads(2), diff.labels[1]) == ((2,), (2,), "L2/1")
-    with pytest.raises(QklensError, match="encodes two checkpoints side by side"):
+    parts = write_parts(diff, 2, both)
+    torch.testing.assert_close(parts.activations @ parts.directions + parts.bias + parts.error, both(2))
+    with pytest.raises(QklensError, match="side by side, 8 numbers a token; the stream has 4, and that of one model"):
         diff.encode(2, lambda _: streams()[1])
     with pytest.raises(QklensError, match="layer"):
         diff.directions(3)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_its_control_keeps_density_and_the_length_in_either_stream(law: RandomLaw) -> None:
+    """And within the covariance law follows each model's own: here base varies along one axis alone, chat along others."""
+    diff = made(Threshold(threshold=1.5))
+    draw = torch.Generator().manual_seed(3)
+    spread = torch.tensor([[3.0, 0.1, 0.1, 0.1], [0.1, 2.0, 2.0, 2.0]]).flatten()
+    rows = {2: torch.randn(400, 2 * WIDTH, generator=draw) * spread}
+    control = random_control(diff, rows, seed=0, law=law, streams=2)
+    before, after = (source.encode(2, rows.__getitem__) for source in (diff, control))
+    assert int((before != 0).sum()) > 100
+    torch.testing.assert_close((after != 0).sum(dim=0), (before != 0).sum(dim=0))
+    for side, (drawn, own) in enumerate(zip(control.directions(2).chunk(2, dim=1), diff.decoder, strict=True)):
+        torch.testing.assert_close(drawn.norm(dim=1), own.norm(dim=1))
+        first = torch.nn.functional.normalize(drawn, dim=1)[:, 0].square().median()
+        assert law == "isotropic" or (float(first) > 0.9) == (side == 0)
+    assert control.describe()["control_of"] == diff.describe()
 
 
 def test_tied_weights_are_stored_twice(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ import torch
 from qklens.analyses.fidelity import measure_fidelity
 from qklens.data.items import Dataset, load_dataset
 from qklens.data.render import LetterForm
-from qklens.dictionaries.activation import Relu, Threshold, TopK
+from qklens.dictionaries.activation import JumpRelu, Relu, Threshold, TopK
 from qklens.dictionaries.config import BATCH_FILE
 from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder, save_crosscoder
 from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
-from qklens.studies.dictionary_check import check_dictionary, record_fidelity
-from qklens.studies.dictionary_fit import deviations, recorded_batch
+from qklens.studies.dictionary_check import check_dictionary
+from qklens.studies.fidelity_record import deviations, record_fidelity, recorded_batch
 from qklens.studies.lab import Lab
 from qklens.studies.opening import load_source
 from qklens.studies.resources import organism_folder
@@ -46,15 +46,33 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
     subject = load_subject(organism_folder() / "chat")
     shipped = organism_folder() / "dictionary"
     dictionary = load_crosscoder(shipped)
-    sequences = (recorded_batch(subject, dictionary, shipped) or [])[::10][:SEQUENCES]
+    batch = recorded_batch([subject], dictionary, shipped)
+    assert batch is not None
+    sequences = batch.sequences[::10][:SEQUENCES]
     folders = {}
-    for kind, activation in (("threshold", dictionary.config.activation), ("topk", TopK(k=10))):
+    same = dictionary.config.activation
+    assert isinstance(same, Threshold)
+    thresholds = {m: torch.full((dictionary.config.features_per_layer,), same.threshold) for m in dictionary.layers}
+    for kind, activation in (("threshold", same), ("topk", TopK(k=10)), ("jumprelu", JumpRelu())):
         folders[kind] = tmp_path_factory.mktemp("good") / kind
         config = dictionary.config.model_copy(update={"activation": activation, "batch": None, "fidelity": None})
-        copy = replace(dictionary, config=config)
+        copy = replace(dictionary, config=config, thresholds=thresholds if kind == "jumprelu" else {})
         save_crosscoder(copy, folders[kind], torch.float32)
-        record_fidelity(copy, folders[kind], measure_fidelity(subject, copy, sequences), sequences)
+        record_fidelity([subject], copy, folders[kind], measure_fidelity(subject, copy, sequences), sequences)
     return Good(subject, sequences, folders)
+
+
+def off(good: Good, dictionary: Crosscoder, folder: Path) -> list[str]:
+    """What a load of the dictionary would name, held against the record in a folder."""
+    batch = recorded_batch([good.subject], dictionary, folder)
+    assert batch is not None
+    measured = measure_fidelity(good.subject, dictionary, batch.sequences, losses=False)
+    return deviations([good.subject], dictionary, batch, measured)
+
+
+def threshold_of(dictionary: Crosscoder) -> float:
+    assert isinstance(dictionary.config.activation, Threshold)
+    return dictionary.config.activation.threshold
 
 
 def changed(dictionary: Crosscoder, **tensors: Any) -> Crosscoder:
@@ -103,6 +121,28 @@ def bias_not_subtracted(d: Crosscoder) -> Crosscoder:
     return changed(d, encoder_bias=offset)
 
 
+def reordered(d: Crosscoder) -> Crosscoder:
+    """Features under each other's labels; what they write together stays the same."""
+    group, layers = d.config.features_per_layer, len(d.layers)
+    order = torch.cat([torch.arange(group).flip(0) + i * group for i in range(layers)])
+    return changed(
+        d,
+        encoder={m: e.flip(0) for m, e in d.encoder.items()},
+        encoder_bias={m: b.flip(0) for m, b in d.encoder_bias.items()},
+        decoder={m: rows[order] for m, rows in d.decoder.items()},
+    )
+
+
+def rescaled(factor: float) -> Callable[[Crosscoder], Crosscoder]:
+    """Activations and thresholds off by a factor that the decoder takes back: x̂ and L0 stay the same."""
+    return lambda d: changed(
+        d,
+        encoder=scaled(d.encoder, factor),
+        encoder_bias=scaled(d.encoder_bias, factor),
+        decoder=scaled(d.decoder, 1 / factor),
+    )
+
+
 BROKEN: dict[str, tuple[str, Callable[[Crosscoder], Crosscoder]]] = {
     "topk as relu": ("topk", with_activation(Relu())),
     "topk of another k": ("topk", with_activation(TopK(k=16))),
@@ -113,6 +153,16 @@ BROKEN: dict[str, tuple[str, Callable[[Crosscoder], Crosscoder]]] = {
     "scale lost": ("threshold", scale_lost(2.0)),
     "scale lost of 1.1": ("threshold", scale_lost(1.1)),
     "scale of the decoder lost": ("threshold", lambda d: changed(d, decoder=scaled(d.decoder, 0.5))),
+    "encoder of 1.02": ("threshold", lambda d: changed(d, encoder=scaled(d.encoder, 1.02))),
+    "decoder of 1.05": ("threshold", lambda d: changed(d, decoder=scaled(d.decoder, 1.05))),
+    "decoder of 1.02": ("threshold", lambda d: changed(d, decoder=scaled(d.decoder, 1.02))),
+    "threshold of 1.05": ("threshold", lambda d: with_activation(Threshold(threshold=1.05 * threshold_of(d)))(d)),
+    "thresholds of 1.05": ("jumprelu", lambda d: changed(d, thresholds=scaled(d.thresholds, 1.05))),
+    "scale lost of 1.01": ("threshold", scale_lost(1.01)),
+    "encoder bias of 1.05": ("threshold", lambda d: changed(d, encoder_bias=scaled(d.encoder_bias, 1.05))),
+    "b_dec of 0.9": ("threshold", lambda d: changed(d, decoder_bias=scaled(d.decoder_bias, 0.9))),
+    "a factor between encoder and decoder": ("topk", rescaled(1.01)),
+    "features in another order": ("threshold", reordered),
     "b_dec missing": ("threshold", lambda d: changed(d, decoder_bias=scaled(d.decoder_bias, 0))),
     "b_dec not subtracted": ("threshold", bias_not_subtracted),
     "b_enc missing": ("threshold", lambda d: changed(d, encoder_bias=scaled(d.encoder_bias, 0))),
@@ -123,7 +173,7 @@ BROKEN: dict[str, tuple[str, Callable[[Crosscoder], Crosscoder]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["threshold", "topk"])
+@pytest.mark.parametrize("kind", ["threshold", "topk", "jumprelu"])
 def test_the_good_one_passes(good: Good, kind: str) -> None:
     found = check_dictionary(good.subject, good.folders[kind])
     assert found.measured_on == "recorded batch"
@@ -131,7 +181,8 @@ def test_the_good_one_passes(good: Good, kind: str) -> None:
     assert found.recorded == good.load(kind).config.fidelity
     for name in ("l0", "fraction_variance_unexplained", "loss_recovered"):
         for layer, value in getattr(found.recorded, name).items():
-            assert getattr(found.measured, name)[layer] == pytest.approx(value, abs=1e-5)
+            assert getattr(found.measured, name)[layer] == pytest.approx(value, rel=1e-6)
+    assert found.held_against == "the record of the same batch"
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -139,8 +190,26 @@ def test_each_broken_copy_is_outside_the_tolerance_at_load(good: Good, name: str
     """By what is measured at every load, L0 and variance unexplained, without the losses."""
     kind, change = BROKEN[name]
     broken = change(good.load(kind))
-    measured = measure_fidelity(good.subject, broken, good.sequences, losses=False)
-    assert deviations(measured, broken) != []
+    assert off(good, broken, good.folders[kind]) != []
+
+
+@pytest.mark.parametrize("name", ["a factor between encoder and decoder", "features in another order"])
+def test_what_sums_cannot_see_is_seen_at_the_fixed_tokens(good: Good, name: str) -> None:
+    kind, change = BROKEN[name]
+    found = off(good, change(good.load(kind)), good.folders[kind])
+    assert found
+    assert all(clause.startswith("an activation at resid_pre.") for clause in found)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("threshold", "float64"), ("topk", "bfloat16")])
+def test_a_copy_that_is_off_by_rounding_alone_passes(good: Good, kind: str, dtype: str) -> None:
+    """Weights off by a float32's last bits, in a model that runs in another dtype than that of the record."""
+    d = good.load(kind)
+    near = changed(d, encoder=scaled(d.encoder, 1 + 3e-7), decoder=scaled(d.decoder, 1 + 3e-7))
+    other = replace(good, subject=load_subject(organism_folder() / "chat", dtype=dtype))
+    assert off(other, near, good.folders[kind]) == []
+    halved = changed(near, decoder=scaled(near.decoder, 0.8))
+    assert off(other, halved, good.folders[kind]) != [], "half precision hides no broken copy"
 
 
 def test_a_broken_copy_on_disk_is_refused_by_check_and_by_a_study(good: Good, tmp_path: Path) -> None:

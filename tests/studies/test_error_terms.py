@@ -16,7 +16,7 @@ from qklens.analyses.lens import head_lens
 from qklens.analyses.readings import read_streams
 from qklens.analyses.replaced_error import REPLACEMENTS
 from qklens.analyses.written import write_prompts
-from qklens.dictionaries.source import Stream, dense_decode
+from qklens.dictionaries.source import ErrorByDecoding, Stream, dense_decode
 from qklens.interventions.engine import Workset
 from qklens.models.scores import score_maps
 from qklens.models.subject import Subject
@@ -28,7 +28,7 @@ ROLES: dict[Any, str] = {"refuse_redirect": f"axis {PRESSURE}", "harm_detection"
 
 
 @dataclass(frozen=True, eq=False)
-class Axes:
+class Axes(ErrorByDecoding):
     """One feature an axis; of the mark on the right option's axis a share ρ is left to the error."""
 
     left_out: float

@@ -57,6 +57,7 @@ def read_values(
     features: Int[Tensor, " feature"],
     passages: Sequence[Passage],
     scale: ScaleMean | None = None,
+    base: Subject | None = None,
 ) -> Values:
     """Some features' activations on passages, batch by batch; what a batch holds of all features is dropped after it.
 
@@ -67,6 +68,7 @@ def read_values(
         features: indices of the chosen ones.
         passages: what to read.
         scale: takes the final norm's scales at all tokens but the first.
+        base: the model whose stream stands before the subject's, for a source that reads both side by side.
     """
     check_layer(source, layer)
     most = min(_TOKENS_AT_ONCE, max(1, _ENTRIES_AT_ONCE // len(source.labels)))
@@ -81,6 +83,10 @@ def read_values(
         streams: dict[int, Tensor] = {}
         sinks = {m: _keep(streams, m) for m in {*source.reads(layer), layer, subject.n_layers}}
         run_pass(subject, batch, reads=Reads(sinks, {}))
+        if base is not None:
+            beside: dict[int, Tensor] = {}
+            run_pass(base, batch, reads=Reads({layer: _keep(beside, layer)}, {}))
+            streams[layer] = torch.cat([beside[layer], streams[layer]], dim=-1)
         chosen = source.encode(layer, streams.__getitem__)[..., features.to(subject.device)]
         if scale is not None:
             final = streams[subject.n_layers]

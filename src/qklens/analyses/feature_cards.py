@@ -36,7 +36,7 @@ def feature_cards(
 
     Args:
         subject: the model.
-        source: the features.
+        source: the features; of one that writes several models' streams side by side the subject's is the last.
         layer: resid_pre.layer, which they write.
         features: their indices.
         groups: passages by group, at most one of each group.
@@ -49,7 +49,7 @@ def feature_cards(
         QklensError: the source does not write the layer, a feature that writes nothing there, or no token to read.
     """
     check_layer(source, layer)
-    directions = source.directions(layer)
+    directions = source.directions(layer)[:, -subject.d_model :]
     for feature in features:
         if not bool(directions[feature].any()):
             written = [m for m in source.layers if bool(source.directions(m)[feature].any())]

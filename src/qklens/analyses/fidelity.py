@@ -43,7 +43,7 @@ def measure_fidelity(
         raise QklensError("fidelity needs at least one sequence of two tokens")
     rows = stream_rows(subject, usable, source.layers)
     l0, fvu, recovered = {}, {}, {}
-    clean = _loss(subject, usable, lambda _: []) if losses else 0.0
+    clean = next_token_loss(subject, usable, lambda _: []) if losses else 0.0
     for layer in source.layers:
         parts = write_parts(source, layer, lambda m: rows[m].to(subject.device))
         l0[layer] = float((parts.activations != 0).float().sum(dim=-1).mean())
@@ -51,24 +51,27 @@ def measure_fidelity(
         if not losses:
             continue
         mean = rows[layer].mean(dim=0).to(subject.device)
-        blank = _loss(subject, usable, _replacer(layer, lambda x, _, mean=mean: mean.to(x).expand_as(x)))
+        blank = next_token_loss(subject, usable, replacer(layer, lambda x, _, mean=mean: mean.to(x).expand_as(x)))
 
         def rebuilt(x: Tensor, stream: Callable[[int], Tensor], layer: int = layer) -> Tensor:
-            return x - write_parts(source, layer, lambda m: x if m == layer else stream(m)).error
+            return x - source.error(layer, lambda m: x if m == layer else stream(m))
 
-        kept = blank - _loss(subject, usable, _replacer(layer, rebuilt, source.reads(layer)))
+        kept = blank - next_token_loss(subject, usable, replacer(layer, rebuilt, source.reads(layer)))
         recovered[layer] = kept / (blank - clean) if blank > clean else None
     return Fidelity(l0=l0, fraction_variance_unexplained=fvu, loss_recovered=recovered)
 
 
-def _replacer(
+def replacer(
     layer: int, change: Callable[[Tensor, Callable[[int], Tensor]], Tensor], sees: tuple[int, ...] = ()
 ) -> Callable[[Batch], list[Edit]]:
+    """The edit of any batch that changes resid_pre.layer at every token but the first."""
     return lambda batch: [VectorEdit(layer, "residual", after_first(batch), change, sees=sees)]
 
 
-def _loss(subject: Subject, sequences: Sequence[Sequence[int]], edits: Callable[[Batch], list[Edit]]) -> float:
-    """Mean next-token cross-entropy over all tokens."""
+def next_token_loss(
+    subject: Subject, sequences: Sequence[Sequence[int]], edits: Callable[[Batch], list[Edit]]
+) -> float:
+    """Mean next-token cross-entropy over all tokens, of passes with edits."""
     norm, unembed = subject.family.final_norm(subject.model), subject.unembedding
     total, count = 0.0, 0
     for batch in batches_by_length(subject, sequences):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qklens.cli import dict_show, dict_train, show, show_dict
-from qklens.cli.options import Device, Dtype, Json, Model
+from qklens.cli.options import BaseModel, Device, Dtype, Json, Model
 from qklens.errors import QklensError
 
 dict_app = typer.Typer(no_args_is_help=True, help="Dictionaries: train, check, convert, export, show.")
@@ -27,6 +27,7 @@ Layer = Annotated[
 def check(
     dictionary: Directory,
     model: Model = "organism",
+    base_model: BaseModel = None,
     record: Annotated[bool, typer.Option("--record", help="Store what is measured where nothing is recorded.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -35,13 +36,20 @@ def check(
     """Measure L0, variance unexplained and loss recovered again; refuse what lies outside the recorded tolerance."""
     from qklens.models.loading import load_subject
     from qklens.studies.dictionary_check import check_dictionary
+    from qklens.studies.dictionary_fit import refuse_one_model, refuse_two_models
     from qklens.studies.opening import threads_for
     from qklens.studies.resources import model_folder
 
     _refuse_missing(dictionary)
+    base = None
+    if base_model is None:
+        refuse_two_models(dictionary)
+    else:
+        refuse_one_model(dictionary)
+        base = load_subject(model_folder(base_model), device=device, dtype=dtype)
     subject = load_subject(model_folder(model), device=device, dtype=dtype)
     with threads_for(subject):
-        found = check_dictionary(subject, dictionary, record=record)
+        found = check_dictionary(subject, dictionary, base=base, record=record)
     if as_json:
         show.as_json(found.model_dump(mode="json"))
     else:

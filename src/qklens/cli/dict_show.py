@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qklens.cli import show
-from qklens.cli.options import Data, Device, Dtype, Items, Json, Model, Seed
+from qklens.cli.options import BaseModel, Data, Device, Dtype, Items, Json, Model, Seed
 
 
 def show_feature(
@@ -18,6 +18,7 @@ def show_feature(
     ],
     feature: Annotated[str, typer.Argument(help="The feature's label, as L2/271.")],
     model: Model = "organism",
+    base_model: BaseModel = None,
     layer: Annotated[int | None, typer.Option(help="Show it at resid_pre of this layer; else the first.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text to look for it in; else the neutral text.")] = None,
     run: Annotated[Path | None, typer.Option(help="A finished study's folder, for the roles that it holds.")] = None,
@@ -46,7 +47,7 @@ def show_feature(
     config = LabConfig(
         model=model, dictionary=dictionary, data=data, items=items, seed=seed, device=device, dtype=dtype
     )  # fmt: skip
-    shown = cards.show_card(config, feature, layer=layer, text=text, run=run, k=top)
+    shown = cards.show_card(config, feature, layer=layer, text=text, run=run, k=top, base_model=base_model)
     if endpoint is not None:
         try:
             label = ask_label(shown.card, endpoint)

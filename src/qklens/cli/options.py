@@ -14,6 +14,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print machine-readable outpu
 Model = Annotated[
     str, typer.Option(help="A directory, a .gguf file, owner/name@<commit>, or `organism[:<checkpoint>]`.")
 ]
+BaseModel = Annotated[
+    str | None, typer.Option(help="For a crosscoder over two checkpoints: the base model, beside --model.")
+]
 Dictionary = Annotated[
     str | None, typer.Option(help="A dictionary directory, of qklens or of another tool, or `directions`.")
 ]

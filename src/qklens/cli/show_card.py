@@ -19,6 +19,7 @@ from qklens.report.text import printable
 if TYPE_CHECKING:
     from qklens.analyses.feature_card import Density, Example, FeatureCard, Promoted
     from qklens.studies.cards import ShownCard
+    from qklens.studies.pair import Checkpoints
 
 SHADES = ("grey93 on grey30", "black on light_goldenrod3", "black on orange1", "bold white on red3")
 _STRONG = 0.25
@@ -37,6 +38,7 @@ def _lines(shown: ShownCard, top: int, colour: bool) -> list[Text]:
     c, text = shown.card, shown.text
     head = [
         f"{c.feature} at resid_pre.{c.layer} of {c.model}, {c.dictionary}; length {c.norm:.3f}",
+        *([_whose(shown.checkpoints)] if shown.checkpoints else []),
         *([f"label: {c.label}"] if c.label else []),
         *([f"roles in {shown.run}: {', '.join(c.roles) or 'none'}"] if shown.run else []),
         "",
@@ -92,6 +94,14 @@ def _lines(shown: ShownCard, top: int, colour: bool) -> list[Text]:
     if text.unknown > 0.05:
         rest.append(f"note: {100 * text.unknown:.0f}% of the text's words are unknown to the tokenizer")
     return lines + [Text(printable(line)) for line in rest]
+
+
+def _whose(pair: Checkpoints) -> str:
+    return (
+        f"length {pair.norm_base:.3f} in {pair.base}, {pair.norm_chat:.3f} in {pair.chat}; at equal mean squares "
+        f"{100 * (1 - pair.relative_norm):.0f}% is base's and {100 * pair.relative_norm:.0f}% chat's; cosine of the "
+        f"two {pair.cosine:+.2f}"
+    )
 
 
 def marked(example: Example, c: FeatureCard, colour: bool) -> Text:

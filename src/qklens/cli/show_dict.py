@@ -11,36 +11,38 @@ if TYPE_CHECKING:
     from qklens.dictionaries.crosscoder import Crosscoder
     from qklens.studies.dictionary_check import DictionaryCheck
 
+_DIGITS = {"l0": 1, "fraction_variance_unexplained": 4, "loss_recovered": 4}
+
 
 def check(found: DictionaryCheck, *, recorded_now: bool) -> None:
     """Fidelity a layer, measured beside recorded."""
-    about, now, then = found.dictionary, found.measured, found.recorded
+    about = found.dictionary
     what = f"{about['kind']}, {about['n_features']} features, {about['activation']['kind']}"
-    lines = [f"{about['name']}: {what}; in {found.model}"]
+    models = found.model if found.base_model is None else f"{found.base_model} and {found.model}"
+    lines = [f"{about['name']}: {what}; in {models}"]
     source = about["source"]
     if source is not None:
         model = f"for a model named {source['model']!r}" if source["model"] else "for a model that it does not name"
         lines.append(
             f"  from {source['format']}, {source['site']}, {model}; folded: {', '.join(source['folded']) or 'nothing'}"
         )
-    header, rows = ["site", "L0", "recorded", "FVU", "recorded", "loss recovered", "recorded"], []
-    for layer in now.l0:
-        row = [f"resid_pre.{layer}"]
-        for measured, recorded, digits in (
-            (now.l0, then and then.l0, 1),
-            (now.fraction_variance_unexplained, then and then.fraction_variance_unexplained, 4),
-            (now.loss_recovered, then and then.loss_recovered, 4),
-        ):
-            row += [_number(measured.get(layer), digits), _number(recorded.get(layer) if recorded else None, digits)]
-        rows.append(row)
+    same = found.tolerance is not None
+    said = "recorded" if same else "stated"
+    then = found.recorded.by_site() if found.recorded else {}
+    rows = []
+    for site, now in found.measured.by_site().items():
+        pairs = [(now.get(name), then.get(site, {}).get(name), digits) for name, digits in _DIGITS.items()]
+        rows.append([site, *(_number(value, digits) for now_, then_, digits in pairs for value in (now_, then_))])
+    header = ["site", "L0", said, "FVU", said, "loss recovered", said]
     lines += [f"  {line}" for line in columns(header, rows)]
-    lines.append(f"  on {found.tokens} tokens of {'the recorded batch' if then else found.measured_on}")
-    if then:
-        lines.append("  within the recorded tolerance")
-    elif recorded_now:
+    lines.append(f"  on {found.tokens} tokens of {'the recorded batch' if same else found.measured_on}")
+    if found.held_against is not None:
+        near = "within the recorded tolerance" if same else "near enough, on other text than the card's"
+        lines.append(f"  held against {found.held_against}: {near}")
+    if recorded_now:
         lines.append("  recorded, with the batch")
-    else:
-        lines.append("  nothing is recorded to hold this against; --record stores it in a qklens dictionary")
+    elif not same:
+        lines.append("  no batch is recorded to hold this against; --record stores it in a qklens dictionary")
     write(lines)
 
 

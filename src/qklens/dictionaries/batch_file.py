@@ -1,35 +1,58 @@
 """The fixed batch of tokens on which a dictionary's fidelity was measured, stored beside it.
 
-Token ids, not text: the batch is then the same under any version of a tokenizer or of a text.
+Token ids, not text: the batch is then the same under any version of a tokenizer or of a text. With them lie the largest
+activations at a few of the tokens (`peaks`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
 from safetensors.torch import save
 from torch import Tensor
 
-from qklens.dictionaries.config import BATCH_FILE, Batch, Tolerance
+from qklens.dictionaries.config import BATCH_FILE, CONFIG_FILE, Batch, Tolerance
+from qklens.dictionaries.peaks import Peaks
 from qklens.dictionaries.stored import read_safetensors
 from qklens.errors import QklensError
 from qklens.files import atomic_write
 
+_FEATURE, _ACTIVATION = "peak_feature", "peak_activation"
 
-def save_batch(folder: Path, sequences: Sequence[Sequence[int]], tolerance: Tolerance) -> Batch:
+
+@dataclass(frozen=True, eq=False)
+class RecordedBatch:
+    """What lies beside a dictionary.
+
+    Attributes:
+        sequences: token ids.
+        peaks: the largest activations at some of them.
+    """
+
+    sequences: list[list[int]]
+    peaks: Peaks
+
+
+def save_batch(folder: Path, sequences: Sequence[Sequence[int]], peaks: Peaks, tolerance: Tolerance) -> Batch:
     """Write the batch atomically; what the configuration says of it."""
-    tokens = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int32)
-    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32)
-    atomic_write(folder / BATCH_FILE, save({"tokens": tokens, "lengths": lengths}))
-    return Batch(sha256=_digest(tokens, lengths), sequences=len(sequences), tokens=len(tokens), tolerance=tolerance)
+    tensors = {
+        "tokens": torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int32),
+        "lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32),
+    }
+    for layer, feature in peaks.feature.items():
+        tensors[f"{_FEATURE}.{layer}"] = feature.to("cpu", torch.int32)
+        tensors[f"{_ACTIVATION}.{layer}"] = peaks.activation[layer].to("cpu", torch.float32)
+    atomic_write(folder / BATCH_FILE, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    n_tokens = len(tensors["tokens"])
+    return Batch(sha256=_digest(tensors), sequences=len(sequences), tokens=n_tokens, tolerance=tolerance)
 
 
-def load_batch(folder: Path, batch: Batch, vocabulary: int) -> list[list[int]]:
+def load_batch(folder: Path, batch: Batch, vocabulary: int) -> RecordedBatch:
     """The batch that a configuration records.
 
     Args:
@@ -44,12 +67,18 @@ def load_batch(folder: Path, batch: Batch, vocabulary: int) -> list[list[int]]:
     path = folder / BATCH_FILE
     if not path.is_file():
         raise QklensError(f"{path}: no such file, but the configuration records the batch in it; copy it again")
-    stored = read_safetensors(path)
-    held = [stored.tensors.get(name) for name in ("tokens", "lengths")]
+    stored = read_safetensors(path).tensors
+    held = [stored.get(name) for name in ("tokens", "lengths")]
     if any(tensor is None or tensor.dtype != torch.int32 or tensor.dim() != 1 for tensor in held):
         raise QklensError(f"{path}: expected tensors 'tokens' and 'lengths' of whole numbers; copy it again")
-    tokens, lengths = (stored.tensors[name] for name in ("tokens", "lengths"))
-    if _digest(tokens, lengths) != batch.sha256 or int(lengths.sum()) != len(tokens) or bool((lengths < 1).any()):
+    features = {int(name.partition(".")[2]): name for name in stored if name.startswith(f"{_FEATURE}.")}
+    if not features:
+        raise QklensError(
+            f"{path}: holds no activations at fixed tokens; set 'batch' and 'fidelity' to null in {CONFIG_FILE}, and "
+            "record them with `qklens dict check --record`"
+        )
+    tokens, lengths = stored["tokens"], stored["lengths"]
+    if _digest(stored) != batch.sha256 or int(lengths.sum()) != len(tokens) or bool((lengths < 1).any()):
         raise QklensError(f"{path}: not the batch that the configuration records ({batch.sha256[:12]}); copy it again")
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         raise QklensError(
@@ -57,8 +86,17 @@ def load_batch(folder: Path, batch: Batch, vocabulary: int) -> list[list[int]]:
             "belongs to another model"
         )
     ids, ends = tokens.tolist(), list(accumulate(lengths.tolist()))
-    return [ids[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    return RecordedBatch(
+        [ids[begin:end] for begin, end in zip([0, *ends], ends, strict=False)],
+        Peaks(
+            {layer: stored[name].long() for layer, name in features.items()},
+            {layer: stored[f"{_ACTIVATION}.{layer}"] for layer in features},
+        ),
+    )
 
 
-def _digest(tokens: Int[Tensor, " token"], lengths: Int[Tensor, " sequence"]) -> str:
-    return hashlib.sha256(lengths.numpy().tobytes() + b"/" + tokens.numpy().tobytes()).hexdigest()
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(f"{name} {list(tensors[name].shape)}".encode() + tensors[name].numpy().tobytes())
+    return found.hexdigest()

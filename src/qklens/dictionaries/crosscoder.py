@@ -21,14 +21,14 @@ from torch import Tensor
 
 from qklens.dictionaries.activation import JumpRelu, activate
 from qklens.dictionaries.config import CONFIG_FILE, WEIGHTS_FILE, DictionaryConfig, n_written, read_config
-from qklens.dictionaries.source import Stream, at_least_float32, check_layer, dense_decode
+from qklens.dictionaries.source import ErrorByDecoding, Stream, at_least_float32, check_layer, dense_decode
 from qklens.dictionaries.stored import read_safetensors
 from qklens.errors import QklensError
 from qklens.files import atomic_write, sha256_files, write_json
 
 
 @dataclass(frozen=True, eq=False)
-class Crosscoder:
+class Crosscoder(ErrorByDecoding):
     """The dictionary in memory.
 
     Attributes:

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qklens.dictionaries.source import Stream, at_least_float32, check_layer, dense_decode
+from qklens.dictionaries.source import ErrorByDecoding, Stream, at_least_float32, check_layer, dense_decode
 
 
 @dataclass(frozen=True, eq=False)
-class Directions:
+class Directions(ErrorByDecoding):
     """Named directions at each layer.
 
     Attributes:

@@ -3,9 +3,12 @@
     a   = θ(W_base (x_base − b_base) + W_chat (x_chat − b_chat) + b_enc)
     x̂_m = Σᵢ aᵢ dᵢ^m + b_m                                              m = base, chat
 
-Both models read the same tokens, at one layer. The relative norm r = ‖s d^chat‖ / (‖s d^base‖ + ‖s d^chat‖), with each
-stream at mean square 1, says whose a feature is: near 0 the base model's alone, near 1 the chat model's, 1/2 shared
-(Lindsey et al. 2024). A norm near 1 alone can come from shrinkage: see also where the feature fires.
+Both models read the same tokens, at one layer. As a feature source it reads and writes both streams side by side, base
+first: rows of 2 d_model numbers, as in training.
+
+The relative norm r = ‖s d^chat‖ / (‖s d^base‖ + ‖s d^chat‖), with each stream at mean square 1, says whose a feature
+is: near 0 the base model's alone, near 1 the chat model's, 1/2 shared (Lindsey et al. 2024). A norm near 1 alone can
+come from shrinkage: see also where the feature fires.
 """
 
 from __future__ import annotations
@@ -22,26 +25,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from qklens.dictionaries.activation import Activation, JumpRelu, activate
-from qklens.dictionaries.config import CONFIG_FILE, TWO_CHECKPOINTS, WEIGHTS_FILE
-from qklens.dictionaries.source import Stream, at_least_float32, check_layer, dense_decode
+from qklens.dictionaries.config import CONFIG_FILE, TWO_CHECKPOINTS, WEIGHTS_FILE, Batch, DiffFidelity
+from qklens.dictionaries.source import ErrorByDecoding, Stream, at_least_float32, check_layer, dense_decode
 from qklens.dictionaries.stored import as_float32
 from qklens.errors import QklensError
 from qklens.files import atomic_write, read_json, sha256_files, write_json
 from qklens.strict import Strict, first_complaint
 
 SIDES = ("base", "chat")
-
-
-class DiffFidelity(Strict):
-    """Quality on tokens not trained on.
-
-    Attributes:
-        l0: active features a token.
-        fraction_variance_unexplained: by side.
-    """
-
-    l0: float
-    fraction_variance_unexplained: dict[str, float]
 
 
 class ModelDiffConfig(Strict):
@@ -58,11 +49,12 @@ class ModelDiffConfig(Strict):
     chat_sha256: str
     training: dict[str, Any]
     fidelity: DiffFidelity | None
+    batch: Batch | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class ModelDiff:
-    """The dictionary in memory. As a feature source it is the chat model's, and cannot encode: see `encode`.
+class ModelDiff(ErrorByDecoding):
+    """The dictionary in memory, a feature source of both streams side by side.
 
     Attributes:
         config: its configuration.
@@ -110,46 +102,36 @@ class ModelDiff:
         return self.layers
 
     def encode(self, layer: int, stream: Stream) -> Float[Tensor, "*any feature"]:
-        """Refused: a stream of the chat model alone does not say what is active.
+        """Activations from both models' streams at the same tokens, side by side.
 
         Raises:
-            QklensError: always; `encode_both` takes both streams.
+            QklensError: a stream of another width, as that of one model alone.
         """
-        raise QklensError(
-            f"dictionary {self.name!r} encodes two checkpoints side by side, and a study of one model has no stream of "
-            "the other; use ModelDiff.encode_both, or train an SAE on the chat model"
-        )
-
-    def encode_both(
-        self, base: Float[Tensor, "*any d_model"], chat: Float[Tensor, "*any d_model"]
-    ) -> Float[Tensor, "*any feature"]:
-        """Activations from both models' streams at the same tokens."""
-        before = self.encoder_bias
-        for i, stream in enumerate((base, chat)):
-            x = at_least_float32(stream)
-            before = before + (x - self.decoder_bias[i].to(x)) @ self.encoder[i].to(x).T
+        check_layer(self, layer)
+        both, width = at_least_float32(stream(layer)), 2 * self.config.d_model
+        if both.shape[-1] != width:
+            raise QklensError(
+                f"dictionary {self.name!r} encodes two checkpoints side by side, {width} numbers a token; the stream "
+                f"has {both.shape[-1]}, and that of one model does not say what is active"
+            )
+        before = self.encoder_bias.to(both)
+        for x, weight, bias in zip(both.chunk(2, dim=-1), self.encoder, self.decoder_bias, strict=True):
+            before = before + (x - bias.to(x)) @ weight.to(x).T
         return activate(self.config.activation, before, self.thresholds)
 
-    def decode_both(
-        self, activations: Float[Tensor, "*any feature"]
-    ) -> tuple[Float[Tensor, "*any d_model"], Float[Tensor, "*any d_model"]]:
-        """What activations write in the base and in the chat model's stream."""
-        base, chat = (activations @ self.decoder[i].to(activations) + self.decoder_bias[i] for i in range(2))
-        return base, chat
-
-    def decode(self, layer: int, activations: Float[Tensor, "*any feature"]) -> Float[Tensor, "*any d_model"]:
-        """What activations write in the chat model's stream."""
+    def decode(self, layer: int, activations: Float[Tensor, "*any feature"]) -> Float[Tensor, "*any columns"]:
+        """What activations write in the stream of base and chat, side by side."""
         return dense_decode(self, layer, activations)
 
-    def directions(self, layer: int) -> Float[Tensor, "feature d_model"]:
-        """The chat model's decoder directions."""
+    def directions(self, layer: int) -> Float[Tensor, "feature columns"]:
+        """Decoder directions in base and chat, side by side."""
         check_layer(self, layer)
-        return self.decoder[1]
+        return torch.cat(self.decoder.unbind(), dim=1)
 
-    def bias(self, layer: int) -> Float[Tensor, " d_model"]:
-        """The chat model's decoder bias."""
+    def bias(self, layer: int) -> Float[Tensor, " columns"]:
+        """Decoder biases of base and chat, one after the other."""
         check_layer(self, layer)
-        return self.decoder_bias[1]
+        return self.decoder_bias.flatten()
 
     def relative_norm(self) -> Float[Tensor, " feature"]:
         """How far a feature is the chat model's: 0 is the base model's alone, 1 the chat model's alone."""
@@ -164,6 +146,8 @@ class ModelDiff:
             "kind": "crosscoder over two checkpoints",
             "layers": list(self.layers),
             "n_features": self.config.features,
+            "activation": self.config.activation.model_dump(),
+            "source": None,
             "fidelity": fidelity,
             "sha256": self.sha256,
         }

@@ -8,7 +8,9 @@ there in the mean. Bias, labels, and which layers a feature reads and writes are
 the frozen decoders of Korznikov et al. 2026 (arXiv 2602.14111) have an encoder that is trained around them.
 
 Directions are drawn isotropic, or within the covariance of the stream (`covariance`): r = Σ^½ z. A feature has one z
-for all layers that it writes. Contrast directions keep their least-squares coordinates; only the vectors are drawn.
+for all layers that it writes. Where a row holds the streams of two checkpoints side by side, it has one z for both, and
+keeps its length in each and so the share of either. Contrast directions keep their least-squares coordinates; only the
+vectors are drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qklens.dictionaries.directions import Directions
-from qklens.dictionaries.source import FeatureSource, Stream, at_least_float32, check_layer, dense_decode
+from qklens.dictionaries.source import (
+    ErrorByDecoding,
+    FeatureSource,
+    Stream,
+    at_least_float32,
+    check_layer,
+    dense_decode,
+)
 from qklens.errors import QklensError
 
 RandomLaw = Literal["isotropic", "covariance"]
@@ -32,7 +41,7 @@ _ENTRIES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
-class RandomControl:
+class RandomControl(ErrorByDecoding):
     """A control; made by `random_control`.
 
     Attributes:
@@ -111,7 +120,12 @@ class RandomControl:
 
 @torch.no_grad()
 def random_control(
-    source: FeatureSource, rows: dict[int, Float[Tensor, "row d_model"]], *, seed: int, law: RandomLaw = "isotropic"
+    source: FeatureSource,
+    rows: dict[int, Float[Tensor, "row d_model"]],
+    *,
+    seed: int,
+    law: RandomLaw = "isotropic",
+    streams: int = 1,
 ) -> FeatureSource:
     """The control of a dictionary or of contrast directions.
 
@@ -121,6 +135,7 @@ def random_control(
             same token in every layer.
         seed: of the draw.
         law: how directions are drawn.
+        streams: how many streams of the same width stand side by side in a row.
 
     Raises:
         QklensError: a layer without rows, fewer than two rows, or rows without any covariance to draw within.
@@ -131,7 +146,7 @@ def random_control(
                 f"random control of {source.name!r}: resid_pre.{layer} has {len(rows.get(layer, ()))} tokens; expected "
                 "at least 2"
             )
-    vectors = _drawn(source, rows, seed, law)
+    vectors = _drawn(source, rows, seed, law, streams)
     name = f"random {law} control of {source.name}"
     about = {"kind": "random control", "law": law, "seed": seed, "control_of": source.describe()}
     if isinstance(source, Directions):
@@ -154,16 +169,20 @@ def random_control(
 
 
 def _drawn(
-    source: FeatureSource, rows: dict[int, Tensor], seed: int, law: RandomLaw
+    source: FeatureSource, rows: dict[int, Tensor], seed: int, law: RandomLaw, streams: int
 ) -> dict[int, Float[Tensor, "feature d_model"]]:
-    width = source.directions(source.layers[0]).shape[1]
+    width = source.directions(source.layers[0]).shape[1] // streams
     noise = torch.randn(len(source.labels), width, generator=torch.Generator().manual_seed(seed))
     found = {}
     for layer in source.layers:
-        own = source.directions(layer)
-        shaped = noise if law == "isotropic" else (noise.double() @ _root(rows[layer], layer).cpu()).float()
-        unit = torch.nn.functional.normalize(shaped.to(own), dim=-1)
-        found[layer] = unit * torch.linalg.vector_norm(own, dim=-1, keepdim=True)
+        parts = []
+        for own, part in zip(
+            source.directions(layer).chunk(streams, dim=1), rows[layer].chunk(streams, dim=1), strict=True
+        ):
+            shaped = noise if law == "isotropic" else (noise.double() @ _root(part, layer).cpu()).float()
+            unit = torch.nn.functional.normalize(shaped.to(own), dim=-1)
+            parts.append(unit * torch.linalg.vector_norm(own, dim=-1, keepdim=True))
+        found[layer] = torch.cat(parts, dim=1)
     return found
 
 

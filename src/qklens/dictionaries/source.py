@@ -55,7 +55,13 @@ class FeatureSource(Protocol):
         ...
 
     def decode(self, layer: int, activations: Float[Tensor, "*any feature"]) -> Float[Tensor, "*any d_model"]:
-        """What activations write: x̂ = Σ aᵢ dᵢ + b, in their dtype; x − x̂ is the error, see `write_parts`."""
+        """What activations write: x̂ = Σ aᵢ dᵢ + b, in their dtype."""
+        ...
+
+    def error(
+        self, layer: int, stream: Stream, activations: Float[Tensor, "*any feature"] | None = None
+    ) -> Float[Tensor, "*any d_model"]:
+        """What it leaves of the stream, e = x − x̂, in its dtype; `ErrorByDecoding` has it."""
         ...
 
     def directions(self, layer: int) -> Float[Tensor, "feature d_model"]:
@@ -69,6 +75,24 @@ class FeatureSource(Protocol):
     def describe(self) -> dict[str, Any]:
         """What results and manifest say of it."""
         ...
+
+
+class ErrorByDecoding:
+    """The error of a source, from its `encode` and `decode`; every source inherits it, so that there is one."""
+
+    def error(
+        self: FeatureSource, layer: int, stream: Stream, activations: Float[Tensor, "*any feature"] | None = None
+    ) -> Float[Tensor, "*any d_model"]:
+        """The error: e = x − (Σ aᵢ dᵢ + b) at resid_pre.layer, in the stream's dtype.
+
+        Args:
+            layer: which.
+            stream: of all layers that `encode` reads.
+            activations: a of this very stream, where they are at hand; else `encode` gives them.
+        """
+        residual = stream(layer)
+        found = self.encode(layer, stream) if activations is None else activations
+        return residual - self.decode(layer, found.to(residual))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +128,7 @@ def write_parts(source: FeatureSource, layer: int, stream: Stream) -> Parts:
         )
     activations = source.encode(layer, stream).to(residual)
     bias = source.bias(layer).to(residual)
-    return Parts(activations, directions, bias, residual - source.decode(layer, activations))
+    return Parts(activations, directions, bias, source.error(layer, stream, activations))
 
 
 def dense_decode(

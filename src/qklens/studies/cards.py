@@ -18,11 +18,13 @@ from qklens.data.render import CONDITIONS, ORDERS, Condition, Order
 from qklens.dictionaries.source import feature_index
 from qklens.errors import QklensError
 from qklens.files import read_json, sha256_files
+from qklens.models.subject import Subject
 from qklens.strict import Strict
 from qklens.studies.config import LabConfig
 from qklens.studies.lab import Half, Lab
 from qklens.studies.neutral import neutral_file
 from qklens.studies.opening import ready_lab, threads_for
+from qklens.studies.pair import Checkpoints, ready_pair
 from qklens.studies.results import Results
 
 WIDTH, WINDOWS = 128, 256
@@ -37,6 +39,7 @@ class ShownCard(Strict):
     text: CardText
     run: str | None = Field(description="the finished study that roles were read from")
     card: FeatureCard
+    checkpoints: Checkpoints | None = Field(default=None, description="of a crosscoder over two checkpoints")
 
 
 def make_cards(
@@ -47,6 +50,7 @@ def make_cards(
     text: Path | None = None,
     half: Half = "all",
     written: bool = False,
+    base: Subject | None = None,
     roles: Mapping[str, Sequence[str]] | None = None,
     k: int = 8,
 ) -> tuple[list[FeatureCard], CardText]:
@@ -59,6 +63,7 @@ def make_cards(
         text: a UTF-8 text file; None is the neutral text that ships.
         half: whose prompts.
         written: take the prompts' activations from what the lab has written already, rather than run them.
+        base: the base model, for a source over two checkpoints.
         roles: roles held in a study, by label.
         k: examples and list entries from each end.
 
@@ -68,8 +73,12 @@ def make_cards(
     path, scale = text or neutral_file(), ScaleMean()
     windows = text_windows(lab.subject, path, WIDTH, WINDOWS)
     passages, chosen = text_passages(windows), torch.tensor(list(features))
-    groups = [Passages("text", passages, lambda: read_values(lab.subject, lab.source, layer, chosen, passages, scale))]
-    groups += [_prompts(lab, condition, half, layer, chosen, written) for condition in CONDITIONS]
+    groups = [
+        Passages(
+            "text", passages, lambda: read_values(lab.subject, lab.source, layer, chosen, passages, scale, base=base)
+        )
+    ]
+    groups += [_prompts(lab, condition, half, layer, chosen, written, base) for condition in CONDITIONS]
     cards = feature_cards(lab.subject, lab.source, layer, features, groups, scale, k=k, roles=roles, seed=lab.seed)
     n_tokens = sum(len(window.ranges) for window in windows)
     unknown = sum(window.unknown for window in windows) / n_tokens
@@ -79,7 +88,7 @@ def make_cards(
 
 def show_card(
     config: LabConfig, feature: str, *, layer: int | None = None, text: Path | None = None, run: Path | None = None,
-    k: int = 8,
+    k: int = 8, base_model: str | None = None,
 ) -> ShownCard:  # fmt: skip
     """One feature's card.
 
@@ -90,12 +99,13 @@ def show_card(
         text: see `make_cards`.
         run: the folder of a finished study of the same dictionary, for the roles that the feature holds.
         k: examples and list entries from each end.
+        base_model: the base model of a crosscoder over two checkpoints, whose chat model is the configuration's.
 
     Raises:
         QklensError: bad input of any kind.
     """
     found = None if run is None else read_results(run)
-    lab = ready_lab(config)
+    lab, pair = (ready_lab(config), None) if base_model is None else ready_pair(config, base_model)
     about = lab.source.describe()
     roles: dict[str, list[str]] = {}
     if found is not None and run is not None:
@@ -106,7 +116,8 @@ def show_card(
         written = (m for m in lab.source.layers if bool(lab.source.directions(m)[index].any()))
         layer = next(written, lab.source.layers[0])
     with threads_for(lab.subject):
-        cards, of = make_cards(lab, layer, [index], text=text, roles=roles, k=k)
+        base = None if pair is None else pair.base
+        cards, of = make_cards(lab, layer, [index], text=text, roles=roles, k=k, base=base)
     return ShownCard(
         model=lab.subject.describe(),
         dictionary=about,
@@ -114,6 +125,7 @@ def show_card(
         text=of,
         run=None if run is None else str(run),
         card=cards[0],
+        checkpoints=None if pair is None else pair.checkpoints(index),
     )
 
 
@@ -153,7 +165,9 @@ def _same_source(results: Results, about: Mapping[str, Any], run: Path) -> None:
             )
 
 
-def _prompts(lab: Lab, condition: Condition, half: Half, layer: int, chosen: torch.Tensor, written: bool) -> Passages:
+def _prompts(
+    lab: Lab, condition: Condition, half: Half, layer: int, chosen: torch.Tensor, written: bool, base: Subject | None
+) -> Passages:
     prompts = lab.prompts(condition, half)
     names: list[tuple[str, Order]] = [(item.id, order) for item in lab.halves[half] for order in ORDERS]
     passages: list[Passage] = [
@@ -165,6 +179,6 @@ def _prompts(lab: Lab, condition: Condition, half: Half, layer: int, chosen: tor
             yield i, torch.stack([prompt.active.of(int(f)) for f in chosen], dim=1)
 
     def read() -> Values:
-        return read_values(lab.subject, lab.source, layer, chosen, passages)
+        return read_values(lab.subject, lab.source, layer, chosen, passages, base=base)
 
     return Passages(condition, passages, kept if written else read)

@@ -1,102 +1,100 @@
-"""`qklens dict check`: a dictionary's fidelity on a fixed batch, beside what is recorded with it."""
+"""`qklens dict check`: a dictionary's fidelity on a fixed batch, beside what is recorded with it or stated of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qklens.analyses.fidelity import measure_fidelity
 from qklens.analyses.text_windows import text_windows
-from qklens.dictionaries.batch_file import save_batch
-from qklens.dictionaries.config import CONFIG_FILE, Fidelity, Tolerance
+from qklens.dictionaries.config import (
+    CONFIG_FILE,
+    DiffFidelity,
+    Fidelity,
+    Tolerance,
+)  # fmt: skip
 from qklens.dictionaries.crosscoder import Crosscoder
-from qklens.dictionaries.formats.detect import is_native, load_dictionary
+from qklens.dictionaries.formats.detect import is_native
+from qklens.dictionaries.model_diff import ModelDiff
 from qklens.errors import QklensError
-from qklens.files import write_json
 from qklens.models.subject import Subject
 from qklens.strict import Strict
-from qklens.studies.dictionary_fit import FVU_LIMIT, check_belongs, recorded_batch, refuse_deviations
+from qklens.studies.dictionary_fit import card_of, load_for, refuse_unlike_card
+from qklens.studies.fidelity_record import allowed, fidelity_of, hold_to_record, record_fidelity
 from qklens.studies.neutral import MOST_WINDOWS, WINDOW
 
 NEUTRAL = "neutral.txt"
 
 
 class DictionaryCheck(Strict):
-    """What was measured, on what, and what was recorded.
+    """What was measured, on what, and what it was held against.
 
     Attributes:
         dictionary: what the dictionary is.
         model: the model that it was measured in.
+        base_model: the model beside it, for a crosscoder over two checkpoints.
         measured_on: the recorded batch, or the shipped neutral text.
         tokens: how many tokens that is.
         measured: fidelity now.
-        recorded: fidelity in the configuration, where its batch is recorded too.
-        tolerance: how far the two may lie apart.
+        held_against: in words; nothing where nothing is recorded or stated.
+        recorded: the fidelity that it was held against.
+        tolerance: how far the two may lie apart, where they are of the same batch.
     """
 
     dictionary: dict[str, Any]
     model: str
+    base_model: str | None
     measured_on: str
     tokens: int
-    measured: Fidelity
-    recorded: Fidelity | None
+    measured: Fidelity | DiffFidelity
+    held_against: str | None
+    recorded: Fidelity | DiffFidelity | None
     tolerance: Tolerance | None
 
 
-def check_dictionary(subject: Subject, folder: Path, *, record: bool = False) -> DictionaryCheck:
-    """Measure a dictionary in a model and hold it against its record.
+def check_dictionary(
+    subject: Subject, folder: Path, *, base: Subject | None = None, record: bool = False
+) -> DictionaryCheck:
+    """Measure a dictionary in its model and hold it against its record, or else against what its card states.
 
     Args:
-        subject: the model.
+        subject: the model; of a crosscoder over two checkpoints the chat model.
         folder: a dictionary of any format that is read directly.
+        base: the base model of a crosscoder over two checkpoints, and of no other.
         record: write what was measured into a dictionary that has no record, with the batch.
 
     Raises:
-        QklensError: a dictionary of another model, outside the recorded tolerance, or that writes no stream at all.
+        QklensError: a dictionary of another model, outside the recorded tolerance, far from its card, or that writes no
+            stream at all.
     """
-    dictionary = load_dictionary(folder, subject.device)
+    subjects = [subject] if base is None else [base, subject]
+    dictionary = load_for(subjects, folder)
     if record:
         _refuse_record(dictionary, folder)
-    check_belongs(dictionary.config, subject, folder)
-    batch = recorded_batch(subject, dictionary, folder)
-    sequences = neutral_batch(subject) if batch is None else batch
-    measured = measure_fidelity(subject, dictionary, sequences)
-    refuse_deviations(measured, dictionary, folder)
-    for layer, fvu in measured.fraction_variance_unexplained.items():
-        if not fvu <= FVU_LIMIT:
-            raise QklensError(
-                f"{folder}: leaves {fvu:.2f} of the variance of resid_pre.{layer} unexplained in {subject.name}; "
-                f"expected at most {FVU_LIMIT:.2f}: it is for another model, layer or site, or lost a scale on its way"
-            )
-    if record:
-        record_fidelity(dictionary, folder, measured, sequences)
+    held = hold_to_record(subjects, dictionary, folder)
+    if held is None:
+        sequences = neutral_batch(subject)
+        measured = fidelity_of(subjects, dictionary, sequences)
+    else:
+        sequences, measured = held[0].sequences, held[1]
+    refuse_unlike_card(measured, dictionary, folder, NEUTRAL if held is None else "the recorded batch")
     config = dictionary.config
+    held_against = card_of(config) if config.fidelity is not None else None
+    if held is not None:
+        held_against = "the record of the same batch"
+    if record:
+        record_fidelity(subjects, dictionary, folder, measured, sequences)
     return DictionaryCheck(
         dictionary=dictionary.describe(),
         model=subject.name,
-        measured_on=NEUTRAL if batch is None else "recorded batch",
+        base_model=None if base is None else base.name,
+        measured_on=NEUTRAL if held is None else "recorded batch",
         tokens=sum(map(len, sequences)),
         measured=measured,
-        recorded=None if config.batch is None else config.fidelity,
-        tolerance=None if config.batch is None else config.batch.tolerance,
+        held_against=held_against,
+        recorded=config.fidelity,
+        tolerance=None if held is None else allowed(subjects, dictionary),
     )
-
-
-def record_fidelity(
-    dictionary: Crosscoder,
-    folder: Path,
-    measured: Fidelity,
-    sequences: Sequence[Sequence[int]],
-    tolerance: Tolerance | None = None,
-) -> Crosscoder:
-    """Store fidelity and the batch that it was measured on in a dictionary's directory, the configuration last."""
-    batch = save_batch(folder, sequences, tolerance or Tolerance())
-    config = dictionary.config.model_copy(update={"fidelity": measured, "batch": batch})
-    write_json(folder / CONFIG_FILE, config.model_dump(mode="json"))
-    return replace(dictionary, config=config)
 
 
 def neutral_batch(subject: Subject) -> list[list[int]]:
@@ -105,7 +103,7 @@ def neutral_batch(subject: Subject) -> list[list[int]]:
     return [list(window.tokens) for window in text_windows(subject, path, WINDOW, MOST_WINDOWS)]
 
 
-def _refuse_record(dictionary: Crosscoder, folder: Path) -> None:
+def _refuse_record(dictionary: Crosscoder | ModelDiff, folder: Path) -> None:
     if not is_native(folder):
         raise QklensError(
             f"{folder}: --record writes into a qklens dictionary; run `qklens dict convert {folder} OUT` first"

@@ -7,16 +7,25 @@ must come out again; on the run's own prompts it must do nearly as well.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from qklens.analyses.fidelity import measure_fidelity
 from qklens.data.render import CONDITIONS
-from qklens.dictionaries.batch_file import load_batch
-from qklens.dictionaries.config import CONFIG_FILE, DictionaryConfig, Fidelity
+from qklens.dictionaries.config import (
+    CONFIG_FILE,
+    DictionaryConfig,
+    DiffFidelity,
+    Fidelity,
+    over_two_checkpoints,
+    read_config,
+)
 from qklens.dictionaries.crosscoder import Crosscoder
+from qklens.dictionaries.formats.detect import load_dictionary
+from qklens.dictionaries.model_diff import SIDES, ModelDiff, ModelDiffConfig, load_model_diff
+from qklens.dictionaries.training.harvest import check_pair
 from qklens.errors import QklensError
 from qklens.models.subject import Subject
 from qklens.studies.lab import Lab
@@ -24,9 +33,52 @@ from qklens.studies.lab import Lab
 FVU_LIMIT = 0.9
 """Above this share of variance unexplained, a dictionary does not write the stream at all."""
 CARD_FACTOR, CARD_SLACK = 2.0, 0.05
-"""How much worse than its card a dictionary may be on the run's prompts: factor x card + slack."""
+"""How much worse than its card a dictionary may be on other text: factor x card + slack."""
+L0_FACTOR = 2.0
+"""How far L0 on other text may lie from the card's. The organism's is 0.88 to 0.98 of its record on the study's prompts
+and on the neutral text, and 2.2 to 3.1 of it in another model (its base)."""
 PROMPTS = 96
 """How many of the run's prompts fidelity is measured on, spread over conditions; it takes two passes a layer."""
+
+
+def load_for(subjects: Sequence[Subject], folder: Path) -> Crosscoder | ModelDiff:
+    """The dictionary in a folder for one model, or for a base and a chat model, once it is known to belong to them.
+
+    Raises:
+        QklensError: a damaged dictionary, one of another model, or of another number of models.
+    """
+    subject = subjects[-1]
+    if len(subjects) == 1:
+        dictionary = load_dictionary(folder, subject.device)
+        check_belongs(dictionary.config, subject, folder)
+        return dictionary
+    refuse_one_model(folder)
+    diff = load_model_diff(folder, subject.device)
+    check_belongs_to_both(diff.config, subjects[0], subject, folder)
+    return diff
+
+
+def refuse_one_model(folder: Path) -> None:
+    """Refuse a dictionary of one model beside `--base-model`.
+
+    Raises:
+        QklensError: names the flag.
+    """
+    if not over_two_checkpoints(folder):
+        raise QklensError(
+            f"{folder}: is a dictionary of one model, and --base-model is for a crosscoder over two checkpoints; leave "
+            "it out"
+        )
+
+
+def refuse_two_models(folder: Path) -> None:
+    """Refuse a crosscoder over two checkpoints without `--base-model`, before a model is loaded.
+
+    Raises:
+        QklensError: names the flag.
+    """
+    if over_two_checkpoints(folder):
+        read_config(folder)
 
 
 def check_belongs(config: DictionaryConfig, subject: Subject, folder: Path) -> None:
@@ -56,6 +108,30 @@ def check_belongs(config: DictionaryConfig, subject: Subject, folder: Path) -> N
         )
 
 
+def check_belongs_to_both(config: ModelDiffConfig, base: Subject, chat: Subject, folder: Path) -> None:
+    """Refuse a crosscoder over two checkpoints that is not of these two.
+
+    Raises:
+        QklensError: names the file, what was found and what the models have; the two models change places, too.
+    """
+    file = folder / CONFIG_FILE
+    check_pair((base, chat))
+    if config.d_model != chat.d_model or not 0 <= config.layer < chat.n_layers:
+        raise QklensError(
+            f"{file}: is of resid_pre.{config.layer} with {config.d_model} dimensions, {chat.name} has layers 0 to "
+            f"{chat.n_layers - 1} and {chat.d_model} dimensions; it belongs to other models"
+        )
+    trained_on = dict(zip(SIDES, (config.base_sha256, config.chat_sha256), strict=True))
+    for side, flag, subject in zip(SIDES, ("--base-model", "--model"), (base, chat), strict=True):
+        wanted = trained_on[side]
+        if wanted and subject.sha256 and wanted != subject.sha256:
+            swapped = "; the two are swapped" if subject.sha256 in trained_on.values() else ""
+            raise QklensError(
+                f"{file}: its {side} model has model_sha256 {wanted[:12]}, that of {flag} ({subject.name}) is "
+                f"{subject.sha256[:12]}{swapped}; give the two checkpoints that it was trained on"
+            )
+
+
 def fixed_prompts(lab: Lab) -> list[tuple[int, ...]]:
     """Prompts of the discovery half that fidelity and a control's densities are measured on, all conditions alike."""
     by_condition = [lab.prompts(condition, "discovery") for condition in CONDITIONS]
@@ -64,60 +140,41 @@ def fixed_prompts(lab: Lab) -> list[tuple[int, ...]]:
     return [prompts[i] for i in chosen]
 
 
-def recorded_batch(subject: Subject, dictionary: Crosscoder, folder: Path) -> list[list[int]] | None:
-    """The token sequences that the dictionary's fidelity was measured on; nothing where none are recorded.
+def card_of(config: DictionaryConfig | ModelDiffConfig) -> str:
+    """What messages call the place where fidelity is stated."""
+    source = config.source if isinstance(config, DictionaryConfig) and config.batch is None else None
+    return f"its card ({source.stated})" if source and source.stated else "its card"
+
+
+def refuse_unlike_card(
+    measured: Fidelity | DiffFidelity, dictionary: Crosscoder | ModelDiff, folder: Path, on: str
+) -> None:
+    """Hold what was measured on some text against what the dictionary's card states of other text.
 
     Raises:
-        QklensError: a batch that is missing, damaged, or of another model's tokens.
+        QklensError: it leaves more of the variance unexplained than any dictionary may, or far more than its card says,
+            or its L0 is far from the card's, to either side.
     """
-    batch = dictionary.config.batch
-    weight: Tensor = subject.unembedding.weight  # pyright: ignore[reportAssignmentType]
-    return None if batch is None else load_batch(folder, batch, len(weight))
-
-
-def deviations(measured: Fidelity, dictionary: Crosscoder) -> list[str]:
-    """What lies outside the recorded tolerance, one clause each; nothing without a record."""
-    recorded, batch = dictionary.config.fidelity, dictionary.config.batch
-    if recorded is None or batch is None:
-        return []
-    tolerance, found = batch.tolerance, []
-    quantities = (
-        ("L0", measured.l0, recorded.l0, lambda l0: tolerance.l0 * l0),
-        (
-            "the fraction of variance unexplained",
-            measured.fraction_variance_unexplained,
-            recorded.fraction_variance_unexplained,
-            lambda _: tolerance.fraction_variance_unexplained,
-        ),
-        ("loss recovered", measured.loss_recovered, recorded.loss_recovered, lambda _: tolerance.loss_recovered),
-    )
-    for name, now, then, most in quantities:
-        for layer, value in now.items():
-            promised = then.get(layer)
-            if value is None and promised is None:
-                continue
-            if value is None or promised is None or not abs(value - promised) <= most(promised):
-                found.append(f"{name} at resid_pre.{layer} is {_shown(value)}, recorded as {_shown(promised)}")
-    return found
-
-
-def _shown(value: float | None) -> str:
-    return "nothing" if value is None else f"{value:.4g}"
-
-
-def refuse_deviations(measured: Fidelity, dictionary: Crosscoder, folder: Path) -> None:
-    """Raise where fidelity on the recorded batch is outside the recorded tolerance.
-
-    Raises:
-        QklensError: names the first quantity with both numbers.
-    """
-    found = deviations(measured, dictionary)
-    if found:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise QklensError(
-            f"{folder}: {found[0]}{more}: on its recorded batch the dictionary does not do what it did; its weights, "
-            "activation function, site or the model have changed"
-        )
+    config = dictionary.config
+    card = card_of(config)
+    stated = config.fidelity.by_site() if config.fidelity else {}
+    for site, now in measured.by_site().items():
+        promised = stated.get(site, {}).get("fraction_variance_unexplained")
+        limit = FVU_LIMIT if promised is None else min(FVU_LIMIT, CARD_FACTOR * promised + CARD_SLACK)
+        fvu = now["fraction_variance_unexplained"]
+        if fvu is None or not fvu <= limit:
+            says = "its card gives no figure" if promised is None else f"{card} says {promised:.2f}"
+            raise QklensError(
+                f"{folder}: leaves {fvu:.2f} of the variance of {site} unexplained on {on}, {says}; expected at most "
+                f"{limit:.2f}: it is for another model, layer or site, or for other text"
+            )
+        promised, l0 = stated.get(site, {}).get("l0"), now["l0"]
+        if promised and l0 is not None and not promised / L0_FACTOR <= l0 <= promised * L0_FACTOR:
+            raise QklensError(
+                f"{folder}: has {l0:.4g} active features a token at {site} on {on}, {card} says {promised:.4g}; "
+                f"expected {promised / L0_FACTOR:.4g} to {promised * L0_FACTOR:.4g}: its activation function, "
+                "threshold or scale is not the published one, or it is for another model, layer or site"
+            )
 
 
 def measure(lab: Lab, dictionary: Crosscoder, folder: Path, *, losses: bool = True) -> Fidelity:
@@ -127,14 +184,5 @@ def measure(lab: Lab, dictionary: Crosscoder, folder: Path, *, losses: bool = Tr
         QklensError: it leaves more of the variance unexplained than any dictionary may, or far more than its card says.
     """
     measured = measure_fidelity(lab.subject, dictionary, fixed_prompts(lab), losses=losses)
-    card = dictionary.config.fidelity
-    for layer, fvu in measured.fraction_variance_unexplained.items():
-        promised = card.fraction_variance_unexplained.get(layer) if card else None
-        limit = FVU_LIMIT if promised is None else min(FVU_LIMIT, CARD_FACTOR * promised + CARD_SLACK)
-        if not fvu <= limit:
-            says = "its card gives no figure" if promised is None else f"its card says {promised:.2f}"
-            raise QklensError(
-                f"{folder}: leaves {fvu:.2f} of the variance of resid_pre.{layer} unexplained on this run's prompts, "
-                f"{says}; expected at most {limit:.2f}: it is for another model, layer or site, or for other text"
-            )
+    refuse_unlike_card(measured, dictionary, folder, "this run's prompts")
     return measured

@@ -20,13 +20,8 @@ from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
 from qklens.studies.config import LabConfig
-from qklens.studies.dictionary_fit import (
-    check_belongs,
-    fixed_prompts,
-    measure,
-    recorded_batch,
-    refuse_deviations,
-)
+from qklens.studies.dictionary_fit import check_belongs, fixed_prompts, measure, refuse_two_models
+from qklens.studies.fidelity_record import hold_to_record
 from qklens.studies.lab import MIN_ITEMS, Lab
 from qklens.studies.letters import choose_letter_form
 from qklens.studies.resources import SourceChoice, model_folder, source_choice
@@ -61,16 +56,15 @@ def load_source(lab: Lab, folder: Path | None, *, losses: bool = True) -> tuple[
     source = load_dictionary(folder, lab.subject.device)
     check_belongs(source.config, lab.subject, folder)
     with threads_for(lab.subject):
-        batch = recorded_batch(lab.subject, source, folder)
-        if batch is not None:
-            again = measure_fidelity(lab.subject, source, batch, losses=False)
-            refuse_deviations(again, source, folder)
+        hold_to_record([lab.subject], source, folder, losses=False)
         return source, measure(lab, source, folder, losses=losses)
 
 
 def ready_lab(config: LabConfig) -> Lab:
     """A lab with its source: the configuration's dictionary, the contrast directions of its items, or a control."""
     choice = source_choice(config)
+    if choice.folder is not None:
+        refuse_two_models(choice.folder)
     lab = open_lab(config)
     use_source(lab, choice, *load_source(lab, choice.folder))
     return lab

@@ -9,23 +9,20 @@ from typing import Annotated
 import torch
 from pydantic import Field, PositiveInt, ValidationError
 
-from qklens.analyses.fidelity import measure_fidelity
 from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder, save_crosscoder
-from qklens.dictionaries.model_diff import DiffFidelity, ModelDiff, load_model_diff, save_model_diff
-from qklens.dictionaries.source import fraction_variance_unexplained
+from qklens.dictionaries.model_diff import ModelDiff, load_model_diff, save_model_diff
 from qklens.dictionaries.training.config import TrainingConfig, explained
-from qklens.dictionaries.training.corpus import Corpus, read_corpus
+from qklens.dictionaries.training.corpus import read_corpus
 from qklens.dictionaries.training.finish import as_crosscoder, as_model_diff
-from qklens.dictionaries.training.harvest import ModelRows, rows_of
+from qklens.dictionaries.training.harvest import ModelRows
 from qklens.dictionaries.training.parallel import Ranks, join_ranks, leave_ranks
 from qklens.dictionaries.training.rows import RowSource
 from qklens.dictionaries.training.shards import write_shards
 from qklens.dictionaries.training.trainer import Keeping, Report, Trained, Trainer
 from qklens.errors import QklensError
 from qklens.models.loading import load_subject
-from qklens.models.subject import Subject
 from qklens.strict import Strict
-from qklens.studies.dictionary_check import record_fidelity
+from qklens.studies.fidelity_record import fidelity_of, record_fidelity
 from qklens.studies.resources import model_folder
 
 Tick = Callable[[], None]
@@ -118,34 +115,20 @@ def _train(
     keeping = Keeping(folder, identity, request.checkpoint_every, request.metrics_every)
     trainer = Trainer(source, request.training, keeping=keeping, ranks=ranks, device=request.device)
     trained = trainer.run(report)
-    name = folder.name
-    if request.training.kind == "model_diff":
-        made = _measured_diff(trained, subjects, corpus, name)
-        if ranks.first:
-            save_model_diff(made, folder)
-        return load_model_diff(folder) if ranks.first else made
-    crosscoder = as_crosscoder(trained.learner, trained.scale, name=name, model_sha256=subjects[0].sha256 or "")
-    fidelity = measure_fidelity(subjects[0], crosscoder, corpus.held_out)
+    made = _as_dictionary(trained, [subject.sha256 or "" for subject in subjects], folder.name)
+    fidelity = fidelity_of(subjects, made, corpus.held_out)
     if not ranks.first:
-        return crosscoder
-    save_crosscoder(crosscoder, folder, dtype=torch.float32)
-    record_fidelity(crosscoder, folder, fidelity, corpus.held_out)
-    return load_crosscoder(folder)
+        return made
+    if isinstance(made, ModelDiff):
+        save_model_diff(made, folder)
+    else:
+        save_crosscoder(made, folder, dtype=torch.float32)
+    record_fidelity(subjects, made, folder, fidelity, corpus.held_out)
+    return load_model_diff(folder) if isinstance(made, ModelDiff) else load_crosscoder(folder)
 
 
-def _measured_diff(trained: Trained, subjects: list[Subject], corpus: Corpus, name: str) -> ModelDiff:
-    shas = [subject.sha256 or "" for subject in subjects]
-    diff = as_model_diff(trained.learner, trained.scale, name=name, base_sha256=shas[0], chat_sha256=shas[1])
-    base, chat = rows_of(subjects, corpus.held_out, (diff.config.layer,)).float().chunk(2, dim=1)
-    activations = diff.encode_both(base, chat)
-    written = diff.decode_both(activations)
-    unexplained = {
-        side: fraction_variance_unexplained(x, x - x_hat)
-        for side, x, x_hat in zip(("base", "chat"), (base, chat), written, strict=True)
-    }
-    l0 = float((activations > 0).float().sum(dim=1).mean())
-    fidelity = DiffFidelity(l0=l0, fraction_variance_unexplained=unexplained)
-    config = diff.config.model_copy(update={"fidelity": fidelity})
-    return ModelDiff(
-        config, diff.encoder, diff.encoder_bias, diff.decoder, diff.decoder_bias, diff.scale, diff.thresholds
-    )
+def _as_dictionary(trained: Trained, models: list[str], name: str) -> Crosscoder | ModelDiff:
+    """What was trained, by the hashes of its models, base first."""
+    if len(models) == 2:
+        return as_model_diff(trained.learner, trained.scale, name=name, base_sha256=models[0], chat_sha256=models[1])
+    return as_crosscoder(trained.learner, trained.scale, name=name, model_sha256=models[0])

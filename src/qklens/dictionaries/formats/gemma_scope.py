@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from qklens.dictionaries.activation import JumpRelu
+from qklens.dictionaries.config import Fidelity
 from qklens.dictionaries.crosscoder import Crosscoder
 from qklens.dictionaries.formats.npz import read_npz
 from qklens.dictionaries.formats.plain import Plain, native
@@ -25,6 +26,7 @@ WEIGHTS = "params.npz"
 LOOKS_LIKE = f"{WEIGHTS} (Gemma Scope)"
 
 _RELEASE = re.compile(r"gemma-scope-(\w+)-(pt|it)-(res|mlp|att|transcoders)(?:-|$)")
+_L0 = re.compile(r"average_l0_([1-9]\d{0,5})")
 _LAYER = re.compile(r"layer_(\d{1,4})")
 _ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
@@ -53,8 +55,15 @@ def read(folder: Path, layer: int | None = None) -> Crosscoder:
         activation=JumpRelu(),
         thresholds=stored.take("threshold", n).clamp(min=0),
     ).bias_subtracted()
-    files = (folder / WEIGHTS,)
-    return native(plain, where, folder=folder, kind=KIND, model=model, site=f"resid_pre.{where}", files=files)
+    files, site = (folder / WEIGHTS,), f"resid_pre.{where}"
+    stated = _stated_l0(folder, where)
+    return native(plain, where, folder=folder, kind=KIND, model=model, site=site, files=files, stated=stated)
+
+
+def _stated_l0(folder: Path, layer: int) -> tuple[Fidelity, str] | None:
+    """The average L0 that the path names, on the publisher's text."""
+    named = next((match for part in reversed(folder.absolute().parts) if (match := _L0.fullmatch(part))), None)
+    return None if named is None else (Fidelity(l0={layer: float(named[1])}), f"{named[0]} in its path")
 
 
 def _path_says(folder: Path) -> tuple[str, int | None]:

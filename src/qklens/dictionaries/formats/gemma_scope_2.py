@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qklens.dictionaries.activation import JumpRelu
-from qklens.dictionaries.config import FORMAT, DictionaryConfig, Source
+from qklens.dictionaries.config import FORMAT, DictionaryConfig, Fidelity, Source
 from qklens.dictionaries.crosscoder import Crosscoder
 from qklens.dictionaries.formats.fields import Fields
 from qklens.dictionaries.formats.plain import Plain, native, product
@@ -73,7 +73,9 @@ def read(folder: Path, layer: int | None = None) -> Crosscoder:
         **_reading(stored, d_model, n),
     ).bias_subtracted()
     files = (fields.path, folder / WEIGHTS)
-    return native(plain, where, folder=folder, kind=KIND, model=model, site=hook, files=files)
+    l0 = fields.get("l0", 0.0, float)
+    stated = (Fidelity(l0={where: l0}), f"key 'l0' of {CONFIG}") if l0 > 0 else None
+    return native(plain, where, folder=folder, kind=KIND, model=model, site=hook, files=files, stated=stated)
 
 
 def _reading(stored: StoredTensors, d_model: int, n: int) -> dict[str, Any]:

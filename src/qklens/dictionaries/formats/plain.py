@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qklens.dictionaries.activation import JumpRelu, Relu, Threshold, TopK
-from qklens.dictionaries.config import FORMAT, DictionaryConfig, Source
+from qklens.dictionaries.config import FORMAT, DictionaryConfig, Fidelity, Source
 from qklens.dictionaries.crosscoder import Crosscoder
 from qklens.errors import QklensError
 from qklens.files import sha256_files
@@ -104,7 +104,15 @@ def row_norms(matrix: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
 
 
 def native(
-    plain: Plain, layer: int, *, folder: Path, kind: str, model: str, site: str, files: Sequence[Path]
+    plain: Plain,
+    layer: int,
+    *,
+    folder: Path,
+    kind: str,
+    model: str,
+    site: str,
+    files: Sequence[Path],
+    stated: tuple[Fidelity, str] | None = None,
 ) -> Crosscoder:
     """The native dictionary of one layer.
 
@@ -116,8 +124,11 @@ def native(
         model: the model that the format names, or nothing.
         site: the site as the format names it.
         files: the files it was read from.
+        stated: what its publisher states of it, and where.
     """
-    source = Source(format=kind, model=model, site=site, sha256=sha256_files(list(files)), folded=plain.folded)
+    fidelity, where = (None, "") if stated is None else stated
+    sha256 = sha256_files(list(files))
+    source = Source(format=kind, model=model, site=site, sha256=sha256, folded=plain.folded, stated=where)
     return Crosscoder(
         config=DictionaryConfig(
             format=FORMAT,
@@ -129,7 +140,7 @@ def native(
             site="resid_pre",
             model_sha256="",
             training={},
-            fidelity=None,
+            fidelity=fidelity,
             source=source,
         ),
         encoder={layer: plain.encoder},

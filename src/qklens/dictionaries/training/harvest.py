@@ -37,7 +37,7 @@ class ModelRows:
         for subject in subjects:
             for layer in layers:
                 subject.check_head(layer, 0)
-        _check_pair(subjects)
+        check_pair(subjects)
         self.subjects, self.corpus, self.layers = tuple(subjects), corpus, tuple(layers)
         self._chunks: list[list[Sequence[int]]] = [[]]
         rows = 0
@@ -107,8 +107,19 @@ def stream_rows(
     Raises:
         QklensError: a sequence longer than the model's context.
     """
-    parts = rows_of([subject], sequences, layers).float().split(subject.d_model, dim=1)
-    return dict(zip(layers, parts, strict=True))
+    return side_by_side([subject], sequences, layers)
+
+
+def side_by_side(
+    subjects: Sequence[Subject], sequences: Sequence[Sequence[int]], layers: Sequence[int]
+) -> dict[int, Float[Tensor, "row column"]]:
+    """`rows_of` models by layer, in float32, the models' streams side by side in their order.
+
+    Raises:
+        QklensError: a sequence longer than the model's context.
+    """
+    rows = rows_of(subjects, sequences, layers).float().unflatten(1, (len(subjects), len(layers), -1))
+    return {layer: rows[:, :, i].flatten(1) for i, layer in enumerate(layers)}
 
 
 def batches_by_length(subject: Subject, sequences: Sequence[Sequence[int]]) -> Iterator[Batch]:
@@ -135,7 +146,12 @@ def _streams(subject: Subject, batch: Batch, layers: Sequence[int]) -> list[Floa
     return [found[layer] for layer in layers]
 
 
-def _check_pair(subjects: Sequence[Subject]) -> None:
+def check_pair(subjects: Sequence[Subject]) -> None:
+    """Refuse models whose streams or tokens cannot stand side by side.
+
+    Raises:
+        QklensError: streams of different width, or different vocabularies.
+    """
     first = subjects[0]
     for other in subjects[1:]:
         if other.d_model != first.d_model:
