@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from typing import get_args
 
 import numpy as np
@@ -28,8 +27,8 @@ from transformers import PreTrainedModel
 
 from qklens.bench.planted.blueprint import Blueprint, Graded, Verdict
 from qklens.bench.planted.mechanisms import MECHANISMS, Draw, draw_numbers, from_verb, whole_model, with_late
-from qklens.bench.planted.words import planted_items, planted_tokenizer
-from qklens.data.render import ORDERS, Condition, LetterForm, Prompt, render
+from qklens.bench.planted.words import planted_prompts
+from qklens.data.render import Condition
 
 GRADED: tuple[Graded, ...] = get_args(Graded)
 CAUSES: dict[Graded, tuple[Verdict, Verdict]] = {
@@ -134,7 +133,7 @@ def right_verdict(mechanism: Graded, models: Mapping[On, PreTrainedModel]) -> tu
 
 def plain_margins(model: PreTrainedModel, condition: Condition) -> torch.Tensor:
     """The margin on every item in both orders, by plain forward passes over prompts of one length each."""
-    prompts = _prompts(condition)
+    prompts = planted_prompts(condition)
     found = torch.zeros(len(prompts), dtype=torch.float64)
     lengths = np.array([len(p.tokens) for p in prompts])
     for length in np.unique(lengths):
@@ -144,9 +143,3 @@ def plain_margins(model: PreTrainedModel, condition: Condition) -> torch.Tensor:
         for row, i in zip(logits, index, strict=True):
             found[i] = row[prompts[i].letter_ids[0]] - row[prompts[i].letter_ids[1]]
     return found
-
-
-@cache
-def _prompts(condition: Condition) -> tuple[Prompt, ...]:
-    tokenizer, form = planted_tokenizer(), LetterForm("", "")
-    return tuple(render(tokenizer, item, condition, order, form) for item in planted_items() for order in ORDERS)
