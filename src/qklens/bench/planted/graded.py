@@ -76,7 +76,9 @@ def graded_blueprint(mechanism: Graded, strength: float, seed: int, variant: int
             heads = []
             for head in whole.heads:
                 if head.part == "select" and asks:  # The pressed head is drawn by `ask`, so that only the other needs.
-                    head, asks = replace(head, pairs=(({"ask": 1.0}, head.pairs[0][1]), *head.pairs[1:])), False
+                    signs = {pair: sign for pair, sign in head.signs.items() if pair[0] != "need_answer"}
+                    drawn = (({"ask": 1.0}, head.pairs[0][1]), *head.pairs[1:])
+                    head, asks = replace(head, pairs=drawn, signs=signs), False
                 heads.append(head)
             return replace(whole, heads=(*heads, from_verb("unneed", {"ask": 10.0}, {"need": -1.0 if on[1] else 0.0})))
         case "weak_late":
