@@ -44,12 +44,18 @@ def test_bad_seeds_are_refused() -> None:
         tasks([0, -1])
 
 
+def pair(sign: int, value: float | None) -> dict:
+    planted = {"layer": 2, "head": 0, "query_role": "refuse_redirect", "key_role": "correct_answer", "sign": sign}
+    held = value is not None
+    return {"planted": planted, "held": held, "kind": "realised" if held else None, "value": value}
+
+
 def run(expected: str, mechanism: str, **changes: object) -> Run:
     row = {
         "spec": {"mechanism": expected, "architecture": "llama", "noise": 0, "seed": 3}, "dictionary": "planted",
         "variant": "", "expected": expected, "mechanism": mechanism, "distance": 1.0, "limit": 1.0, "rule": "",
         "planted_heads": [(2, 0), (2, 1)], "found_heads": [(2, 0), (2, 1)], "planted_features": ["a", "b"],
-        "found_features": ["a", "b"], "cosines": {"a": 1.0, "b": 1.0}, "signs": [True], "cpu_seconds": 1.0,
+        "found_features": ["a", "b"], "cosines": {"a": 1.0, "b": 1.0}, "signs": [pair(1, 0.5)], "cpu_seconds": 1.0,
         "made": {"measured_by": "", "decided_by": ""},
     }  # fmt: skip
     return Run.model_validate(row | changes)
@@ -58,7 +64,12 @@ def run(expected: str, mechanism: str, **changes: object) -> Run:
 def test_a_summary_counts_what_is_wrong() -> None:
     runs = [
         run("late_flip", "late_flip"),
-        run("late_flip", "attention_harm_key", found_heads=[(2, 0), (3, 0), (3, 1)], signs=[True, False]),
+        run(
+            "late_flip",
+            "attention_harm_key",
+            found_heads=[(2, 0), (3, 0), (3, 1)],
+            signs=[pair(1, 0.5), pair(-1, 0.1), pair(-1, None)],
+        ),
         run("belief_change", "undetermined", found_features=["a"], cosines={"a": 0.8, "b": 0.0}),
     ]
     found = summary(runs)
@@ -68,7 +79,10 @@ def test_a_summary_counts_what_is_wrong() -> None:
     features = found["features"]["planted"]
     assert features["recall"] == pytest.approx(5 / 6)
     assert features["held"] == pytest.approx(5 / 6)
-    assert found["signs"] == {"right": 3, "n": 4}
+    signs = found["signs"]
+    assert (signs["planted"], signs["held"], signs["found"], signs["right"]) == (5, 4, 4, 3)
+    assert (signs["recall"], signs["recall_of_held"], signs["precision"]) == (0.8, 1.0, 0.75)
+    assert found["signs_by_dictionary"]["planted"] == signs
     assert sum(row["n"] for row in found["reliability"]) == 3
     assert sum(row["n"] for row in found["confusion"]) == 3
     confidence = [r.confidence(shipped_calibration()) for r in runs]
@@ -106,8 +120,10 @@ def test_the_small_bench(tmp_path: Path) -> None:
     assert part["false_attention"] == 0
     assert part["heads"]["recall"] >= 0.95
     assert part["heads"]["precision"] >= 0.95
-    assert part["signs"]["n"] >= 6
-    assert part["signs"]["right"] == part["signs"]["n"]
+    signs = part["signs_by_dictionary"]["planted"]
+    assert signs["planted"] == signs["held"] >= 3
+    assert part["signs"]["found"] >= 6
+    assert part["signs"]["right"] == part["signs"]["found"]
     assert {r["dictionary"] for r in found["runs"]} == set(DICTIONARY_KINDS)
     assert json.loads((tmp_path / "bench.json").read_text())["development"] == json.loads(json.dumps(part))
     for name in ("confusion", "reliability"):

@@ -12,6 +12,11 @@ import pytest
 from qklens.bench.planted.bench import tasks
 from qklens.bench.planted.runs import RUN_FILE, kept_run, made_now
 
+PAIR = {
+    "planted": {"layer": 2, "head": 0, "query_role": "need_answer", "key_role": "correct_answer", "sign": 1},
+    "held": True, "kind": "realised", "value": 0.5,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
@@ -38,7 +43,7 @@ def test_a_finished_bench_is_counted_and_not_run_again(qklens: Callable[..., Any
             "spec": spec.model_dump(), "dictionary": kind, "variant": "", "expected": "late_flip",
             "mechanism": "attention_harm_key" if wrong else "late_flip", "distance": 2.0, "limit": 1.0, "rule": "r",
             "planted_heads": [[2, 0]], "found_heads": [[2, 0], [2, 1]] if wrong else [[2, 0]],
-            "planted_features": ["a"], "found_features": ["a"], "cosines": {"a": 0.9}, "signs": [True],
+            "planted_features": ["a"], "found_features": ["a"], "cosines": {"a": 0.9}, "signs": [PAIR],
             "cpu_seconds": 10.0, "made": made_now(spec, kind).model_dump(),
         }  # fmt: skip
         folder = tmp_path / "out" / "runs" / f"{spec.name}-{kind}"
@@ -49,7 +54,7 @@ def test_a_finished_bench_is_counted_and_not_run_again(qklens: Callable[..., Any
     assert "held out seeds: right verdict in 9 of 10 runs" in ended.out
     assert "attention verdicts where refuse-and-redirect moves no head: 1" in ended.out
     assert "heads: recall 1.000, precision 0.909 (10 planted)" in ended.out
-    assert "signs: 10 of 10" in ended.out
+    assert "signs, planted dictionary: " in ended.out
     assert "decoy-" in ended.err
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "runs", "planted.jsonl", "bench.json", "confusion.svg", "reliability.svg",

@@ -82,7 +82,13 @@ def _lines(results: dict[str, Any]) -> list[str]:
             if row["planted"]:
                 held = f"; it holds {100 * row['held']:.0f}% of the roles' directions, mean cos {row['cosine']:.2f}"
                 lines.append(f"  features, {kind} dictionary: {_shares(row)}{held}")
-        lines.append(f"  signs: {part['signs']['right']} of {part['signs']['n']}; Brier score {part['brier']:.3f}")
+        for kind, row in part["signs_by_dictionary"].items():
+            if row["planted"]:
+                lines.append(
+                    f"  signs, {kind} dictionary: {row['right']} of {row['found']} found are right; it holds "
+                    f"{row['held']} of {row['planted']} planted pairs"
+                )
+        lines.append(f"  Brier score {part['brier']:.3f}")
         if part["graded"]["n"]:
             lines.append(f"  graded models: right verdict in {part['graded']['right']} of {part['graded']['n']}")
         lines += [

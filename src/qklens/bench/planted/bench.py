@@ -166,7 +166,8 @@ def summary(runs: Iterable[Run]) -> dict[str, Any]:
             }
             for kind, some in by_dictionary.items()
         },
-        "signs": {"right": sum(sum(run.signs) for run in runs), "n": sum(len(run.signs) for run in runs)},
+        "signs": _signs(runs),
+        "signs_by_dictionary": {kind: _signs(some) for kind, some in by_dictionary.items()},
         "graded": {"n": len(graded), "right": sum(run.right for run in graded)},
         "brier": _mean([(confidence - right) ** 2 for confidence, right in given]),
         "reliability": [
@@ -182,6 +183,22 @@ def _features(runs: Sequence[Run]) -> dict[str, Any]:
     planted, right = sum(len(run.planted_features) for run in solved), sum(len(run.found_features) for run in solved)
     given = sum(len(run.cosines) for run in solved)
     return {"planted": planted, "found": given, "recall": _share(right, planted), "precision": _share(right, given)}
+
+
+def _signs(runs: Sequence[Run]) -> dict[str, Any]:
+    """Recall: of all planted pairs those found; precision: of these, those whose sign is the planted one."""
+    pairs = [pair for run in runs for pair in run.signs]
+    held, found = sum(pair.held for pair in pairs), [pair for pair in pairs if pair.value is not None]
+    right = sum(pair.right for pair in found)
+    return {
+        "planted": len(pairs),
+        "held": held,
+        "found": len(found),
+        "right": right,
+        "recall": _share(len(found), len(pairs)),
+        "recall_of_held": _share(len(found), held),
+        "precision": _share(right, len(found)),
+    }
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -24,7 +24,7 @@ from qklens.files import atomic_write, read_json, write_json
 from qklens.strict import Strict
 
 TRUTH_FILE, BASIS_FILE = "planted.json", "planted.safetensors"
-VERSION = 1
+VERSION = 2
 """Of what `write_planted` makes from a spec; counts up when that changes."""
 
 
@@ -66,7 +66,7 @@ class Truth(Strict):
         heads: every planted head's part, by (layer, head).
         selecting: the answer-selection heads: they look at the correct option without pressure, and their output
             reaches the letter.
-        signs: planted pairs.
+        signs: planted pairs, a decoy's among them; none where nothing tells which option is correct.
         weights_sha256: of the model's weights as written.
     """
 
@@ -163,8 +163,9 @@ def _write(spec: Spec, folder: Path) -> Planted:
             signs=[
                 PlantedSign(layer=layer, head=h, query_role=query, key_role=key, sign=sign)
                 for (layer, h), head in sorted(written.placed.items())
-                if head.part == "select"
+                if head.part in ("select", "decoy")
                 for (query, key), sign in head.signs.items()
+                if spec.mechanism != "task_not_solved"
             ],
             weights_sha256=hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest(),
         )

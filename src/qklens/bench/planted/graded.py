@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from typing import get_args
 
 import numpy as np
@@ -28,8 +27,8 @@ from transformers import PreTrainedModel
 
 from qklens.bench.planted.blueprint import Blueprint, Graded, Verdict
 from qklens.bench.planted.mechanisms import MECHANISMS, Draw, draw_numbers, from_verb, whole_model, with_late
-from qklens.bench.planted.words import planted_items, planted_tokenizer
-from qklens.data.render import ORDERS, Condition, LetterForm, Prompt, render
+from qklens.bench.planted.words import planted_prompts
+from qklens.data.render import Condition
 
 GRADED: tuple[Graded, ...] = get_args(Graded)
 CAUSES: dict[Graded, tuple[Verdict, Verdict]] = {
@@ -77,7 +76,9 @@ def graded_blueprint(mechanism: Graded, strength: float, seed: int, variant: int
             heads = []
             for head in whole.heads:
                 if head.part == "select" and asks:  # The pressed head is drawn by `ask`, so that only the other needs.
-                    head, asks = replace(head, pairs=(({"ask": 1.0}, head.pairs[0][1]), *head.pairs[1:])), False
+                    signs = {pair: sign for pair, sign in head.signs.items() if pair[0] != "need_answer"}
+                    drawn = (({"ask": 1.0}, head.pairs[0][1]), *head.pairs[1:])
+                    head, asks = replace(head, pairs=drawn, signs=signs), False
                 heads.append(head)
             return replace(whole, heads=(*heads, from_verb("unneed", {"ask": 10.0}, {"need": -1.0 if on[1] else 0.0})))
         case "weak_late":
@@ -134,7 +135,7 @@ def right_verdict(mechanism: Graded, models: Mapping[On, PreTrainedModel]) -> tu
 
 def plain_margins(model: PreTrainedModel, condition: Condition) -> torch.Tensor:
     """The margin on every item in both orders, by plain forward passes over prompts of one length each."""
-    prompts = _prompts(condition)
+    prompts = planted_prompts(condition)
     found = torch.zeros(len(prompts), dtype=torch.float64)
     lengths = np.array([len(p.tokens) for p in prompts])
     for length in np.unique(lengths):
@@ -144,9 +145,3 @@ def plain_margins(model: PreTrainedModel, condition: Condition) -> torch.Tensor:
         for row, i in zip(logits, index, strict=True):
             found[i] = row[prompts[i].letter_ids[0]] - row[prompts[i].letter_ids[1]]
     return found
-
-
-@cache
-def _prompts(condition: Condition) -> tuple[Prompt, ...]:
-    tokenizer, form = planted_tokenizer(), LetterForm("", "")
-    return tuple(render(tokenizer, item, condition, order, form) for item in planted_items() for order in ORDERS)

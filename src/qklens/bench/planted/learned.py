@@ -25,14 +25,15 @@ TRAINING = TrainingConfig(
     layers=(0,),
     features=64,
     activation="batch_topk",
-    k=4,
+    k=2,
     steps=600,
     batch=256,
     learning_rate=3e-3,
     auxiliary_weight=0.03,
     dead_after_steps=100,
 )
-"""Of each layer in turn."""
+"""Of each layer in turn. Fewer active features a row leave them less mixed: on two models of seed 1 the roles' features
+have a mean cos of 0.90 with the planted directions at k = 2, and 0.77 at k = 4."""
 _ANSWERS = 4
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qklens.bench.planted.dictionaries import DictionaryKind, role_features, write_dictionary
-from qklens.bench.planted.folder import Planted, Spec, Truth, planted_model
+from qklens.bench.planted.folder import Planted, Spec, planted_model
 from qklens.bench.planted.provenance import Made, made
+from qklens.bench.planted.signs import PairSign, find_signs
 from qklens.bench.planted.words import items_file
 from qklens.dictionaries.config import CONFIG_FILE
 from qklens.dictionaries.crosscoder import Crosscoder, load_crosscoder
@@ -50,7 +51,7 @@ class Run(Strict):
         planted_features: roles whose planted direction some feature of the dictionary stands for.
         found_features: of these, the roles that were given such a feature.
         cosines: for each role, the best feature's cos with the planted direction, 0 below the least that counts.
-        signs: for each planted pair that was measured, whether its sign is the planted one.
+        signs: every planted pair.
         made: by what.
         cpu_seconds: processor time of the whole run, the model's and the dictionary's making included.
     """
@@ -69,7 +70,7 @@ class Run(Strict):
     planted_features: list[str]
     found_features: list[str]
     cosines: dict[str, float]
-    signs: list[bool]
+    signs: list[PairSign]
     made: Made
     cpu_seconds: float
 
@@ -152,7 +153,8 @@ def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, resu
     chosen = {r.role: r.feature for r in results.roles if r.chosen}
     held = sorted(role for role, features in standing.items() if features)
     right = [role for role in held if chosen.get(role) in standing[role]]
-    signs = _signs(truth, set(right), results)
+    found = {role: chosen[role] for role in right}
+    signs = find_signs(truth, planted.folder, dictionary, set(held), found, results)
     return Run(
         spec=truth.spec,
         dictionary=kind,
@@ -168,27 +170,7 @@ def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, resu
         planted_features=held if solved else [],
         found_features=right if solved else [],
         cosines={role: max(features.values(), default=0.0) for role, features in standing.items()},
-        signs=signs if solved else [],
+        signs=signs,
         made=made_now(truth.spec, kind),
         cpu_seconds=0.0,
     )
-
-
-def _signs(truth: Truth, found: set[str], results: Results) -> list[bool]:
-    """Whether planted pairs have the planted sign on prompts where both of their sides are written.
-
-    Pressure's own pairs are read under harm, the others without it. Where harm takes the belief away there is no
-    correct-answer key left under harm for pressure to meet.
-    """
-    values = {
-        (row.layer, row.head, row.query_role, row.key_role): row.value
-        for row in results.interactions
-        if row.kind == "realised" and row.condition == ("harm" if row.query_role == "refuse_redirect" else "none")
-    }
-    signs = []
-    for pair in truth.signs:
-        erased = truth.expected == "belief_change" and pair.query_role == "refuse_redirect"
-        value = values.get((pair.layer, pair.head, pair.query_role, pair.key_role))
-        if value and not erased and {pair.query_role, pair.key_role} <= found:
-            signs.append((value > 0) == (pair.sign > 0))
-    return signs

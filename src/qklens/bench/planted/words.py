@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qklens.data.items import Item
-from qklens.data.render import INSTRUCTION
+from qklens.data.render import INSTRUCTION, ORDERS, Condition, LetterForm, Prompt, render
 
 THINGS = {
     "cut": "saw", "dig": "shovel", "paint": "brush", "sew": "needle", "write": "pen", "cook": "pan",
@@ -93,3 +93,10 @@ def planted_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
     tokenizer.chat_template = _TEMPLATE
     return tokenizer
+
+
+@cache
+def planted_prompts(condition: Condition) -> tuple[Prompt, ...]:
+    """Every item in both orders."""
+    tokenizer, form = planted_tokenizer(), LetterForm("", "")
+    return tuple(render(tokenizer, item, condition, order, form) for item in planted_items() for order in ORDERS)
