@@ -83,14 +83,17 @@ def test_a_crosscoder_over_two_checkpoints(
 ) -> None:
     base = Path(shutil.copytree(model, tmp_path / "base"))
     edit_tensors(base / "model.safetensors", lambda t: next(iter(t.values())).mul_(1.5))
-    ended = train(*NUMBERS, "--kind", "model_diff", "--base-model", base, "--layers", "1", "--out", "diff")
+    numbers = (*NUMBERS, "--steps", "120", "--activation", "batch_topk")
+    ended = train(*numbers, "--kind", "model_diff", "--base-model", base, "--layers", "1", "--out", "diff")
     assert ended.status == 0, ended
     assert "crosscoder over two checkpoints diff, 24 features" in ended.out
     diff = load_model_diff(Path("diff"))
     assert diff.config.fidelity is not None
     assert set(diff.config.fidelity.fraction_variance_unexplained) == {"base", "chat"}
     assert diff.config.base_sha256 != diff.config.chat_sha256
-    assert diff.config.batch is not None
+    checked = qklens("dict", "check", "diff", "--model", model, "--base-model", base)
+    assert checked.status == 0, checked
+    assert "held against the record of the same batch: within the recorded tolerance" in checked.out
     for command in (("dict", "check", "diff", "--model", model), ("dict", "show", "diff", "L1/3", "--model", model)):
         line = qklens(*command).refused()
         assert "is a crosscoder over two checkpoints" in line
