@@ -77,6 +77,8 @@ def check_folder(folder: Path, flag: str) -> None:
     Raises:
         QklensError: the folder, or one that it lies in, is a file, or may not be written.
     """
+    if "\0" in str(folder):
+        raise QklensError(f"{flag}: the name holds a NUL character, which no folder has; choose another {flag}")
     try:
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not existing.is_dir():
