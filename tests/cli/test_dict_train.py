@@ -125,7 +125,7 @@ def test_the_same_keys_from_a_file(qklens: Callable[..., Any], model: Path, corp
     ("arguments", "says"),
     [
         (("--layers", "one"), "--layers 'one': expected numbers joined by commas"),
-        (("--layers", "9"), "layer 9 does not exist"),
+        (("--layers", "9"), "--layers 9: model 'model' has layers 0 to 1"),
         (("--layers", "1,0"), "is [1, 0]; expected distinct layers in rising order"),
         (("--layers", "0,1"), "kind 'sae' has one layer"),
         (("--steps", "9", "--tokens", "9"), "needs --steps or --tokens, and one of them alone"),
