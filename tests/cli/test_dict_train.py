@@ -137,17 +137,29 @@ def test_the_same_keys_from_a_file(qklens: Callable[..., Any], model: Path, corp
         (("--corpus", "gone.txt"), "--corpus gone.txt: cannot read"),
         (("--corpus", "gone.csv"), "expected a name that ends in"),
         (("--dtype", "floot32"), "did you mean 'float32'"),
+        (("--layers", "9" * 5000), "expected numbers joined by commas"),
+        (("--device", "auto"), "a dictionary is trained on one device; name it, as cuda"),
+        (("--features", "1" + 12 * "0"), "bytes on cpu"),
+        (("--features", "1" + 12 * "0", "--cache", "cache"), "are free; give fewer --features"),
+        (("--out", "../six.jsonl"), "six.jsonl is a file; choose another --out"),
+        (("--out", "../six.jsonl/made"), "six.jsonl is a file; choose another --out"),
+        (("--cache", "../six.jsonl"), "six.jsonl is a file; choose another --cache"),
+        (("--cache", "../model"), "holds 'config.json' and no manifest.json; expected a new or empty folder"),
+        (("--out", "../model"), "holds 'config.json' and no run.json; expected a new or empty folder"),
     ],
 )
+@pytest.mark.usefixtures("data")
 def test_what_is_refused_leaves_nothing_behind(
-    train: Callable[..., Any], arguments: tuple[str, ...], says: str
+    train: Callable[..., Any], model: Path, arguments: tuple[str, ...], says: str
 ) -> None:
+    before = tree(model)
     given = [*NUMBERS] if "--tokens" not in arguments else [n for n in NUMBERS if n not in ("--steps", "12")]
     layers = () if "--layers" in arguments else ("--layers", "1")
     if "--tokens" in arguments:
         given += ["--steps", "12"]
     assert says in train(*given, *layers, "--out", "made", *arguments).refused()
     assert tree(Path()) == {}
+    assert tree(model) == before
 
 
 def test_other_models_corpora_and_numbers_are_refused_with_both_sides(

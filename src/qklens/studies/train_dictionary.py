@@ -107,9 +107,7 @@ def _train(
     if ranks.world > 1 and request.cache is None:
         raise QklensError("several processes share cached activations; give --cache DIR")
     if request.device == "auto":
-        raise QklensError(
-            "--device auto spreads a model, and a dictionary is trained on one device; name it, as cuda:0"
-        )
+        raise QklensError("--device auto spreads a model, and a dictionary is trained on one device; name it, as cuda")
     folder = Path(request.out)
     check_folder(folder, "--out")
     if request.cache is not None:

@@ -153,9 +153,7 @@ def _whole(text: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         half = text[error.start].encode("unicode_escape").decode()
-        raise QklensError(
-            f"{where}: holds {half}, half of a surrogate pair, which is no character; remove it"
-        ) from error
+        raise QklensError(f"{where}: holds {half}, half of a surrogate pair and no character; remove it") from error
     return text
 
 

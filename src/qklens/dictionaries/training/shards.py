@@ -75,7 +75,8 @@ class ShardStore:
         self.manifest = read_record(Manifest, folder / _MANIFEST, _OTHER)
         if not (folder / "DONE").is_file():
             raise QklensError(f"{folder}: activations are not complete; run the same command again to go on")
-        self.marks = [read_record(Mark, _mark(folder, i), _AGAIN) for i in range(self.manifest.shards)]
+        again = "remove it, and run the same command again"
+        self.marks = [read_record(Mark, _mark(folder, i), again) for i in range(self.manifest.shards)]
         self._checked: set[int] = set()
 
     @property
