@@ -144,8 +144,8 @@ def test_the_same_keys_from_a_file(qklens: Callable[..., Any], model: Path, corp
         (("--out", "../six.jsonl"), "six.jsonl is a file; choose another --out"),
         (("--out", "../six.jsonl/made"), "six.jsonl is a file; choose another --out"),
         (("--cache", "../six.jsonl"), "six.jsonl is a file; choose another --cache"),
-        (("--cache", "../model"), "holds 'config.json' and no manifest.json; expected a new or empty folder"),
-        (("--out", "../model"), "holds 'config.json' and no run.json; expected a new or empty folder"),
+        (("--cache", "../model"), "and no manifest.json; expected a new or empty folder"),
+        (("--out", "../model"), "and no run.json; expected a new or empty folder"),
     ],
 )
 @pytest.mark.usefixtures("data")
