@@ -9,7 +9,7 @@ SPARSIFY := .venv-sparsify
 SAELENS := .venv-saelens
 MODEL ?= organism
 SWEEP ?= --items 16 --slow-items 4
-TRAINING ?= --steps 40 --learning-rate 1e-3
+TRAINING ?=
 export HF_HUB_OFFLINE := 1
 
 .PHONY: study test coverage check organism arms model-diff oracle rivals train-rivals wheel clean

@@ -6,9 +6,11 @@ questions after its benign twin, at the answer position of one half of the items
 it belongs to; everything else is measured on the other half, and on items and intents that nothing was trained on:
 
 * whose it is: its relative decoder norm (1 is the chat model's alone) and the share of live latents with less; the
-  cosine of its two directions; and its scaling (Minder et al. 2025), the least-squares amount of f d_chat in the base
-  model's stream, less what all other latents write there, over the same in the chat model's: 0 where base has nothing
-  of it;
+  cosine of its two directions; and latent scaling (Minder et al. 2025), which says whether a norm is an artefact: the
+  least-squares amount of f d_chat in the base model's stream over that in the chat model's, 0 where base has nothing
+  of it, in what all other latents leave (`error`: was it shrunk away?) and in the reconstruction (`reconstruction`: do
+  other latents write it for base?). A latent is the chat model's own by all three numbers of `RULE`, which are theirs;
+* without any crosscoder: the chat model's share of both models' mean harm − benign at the answer, by length;
 * AUC of harm against benign, and against harm *taken back* before the answer, which the chat model does not refuse; the
   same for the best latent that both models share;
 * cause: taking what it writes out of the chat model's stream at the answer, and writing its mean under harm into either
@@ -51,7 +53,8 @@ from qklens.models.subject import Subject
 HERE = Path(__file__).resolve().parent
 LAYERS = (2, 3)
 DOCUMENTS, CHECKED = 6000, 300
-CHAT_ALONE = 0.9
+RULE = {"relative_norm_from": 0.9, "scaling_error_below": 0.2, "scaling_reconstruction_below": 0.5}
+"""When a latent is the chat model's own; the numbers of Minder et al. 2025 (2504.02922), in the figure of norms."""
 SHARED = (0.4, 0.6)
 LIVE = 1e-4
 """Share of tokens on which a latent must be active to be counted."""
@@ -67,7 +70,7 @@ def config(layer: int) -> TrainingConfig:
         features=2048,
         activation="batch_topk",
         k=6,
-        steps=1200,
+        steps=4000,
         batch=1024,
         learning_rate=2e-3,
         warmup_steps=50,
@@ -107,11 +110,15 @@ class Pair:
         """Whose resid_pre it reads."""
         return self.diff.config.layer
 
+    def streams(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Both models' at the answer position, `prompt d_model`."""
+        site = f"resid_pre.{self.layer}"
+        base, chat = (capture(s, s.batch(texts), [site])[site][:, -1].float() for s in (self.base, self.chat))
+        return base, chat
+
     def activations(self, texts: Sequence[str]) -> Tensor:
         """At the answer position, `prompt feature`."""
-        site = f"resid_pre.{self.layer}"
-        streams = [capture(s, s.batch(texts), [site])[site][:, -1].float() for s in (self.base, self.chat)]
-        return self.diff.encode(self.layer, lambda _: torch.cat(streams, dim=1))
+        return self.diff.encode(self.layer, lambda _: torch.cat(self.streams(texts), dim=1))
 
     def refuses(self, subject: Subject, texts: Sequence[str], change: Tensor | None = None) -> float:
         """Share of prompts whose next token opens a refusal, with a `prompt d_model` change added at the answer."""
@@ -168,18 +175,40 @@ def separation(pair: Pair, feature: int, sets: dict[str, Prompts]) -> dict[str, 
     return found
 
 
-def scaling(diff: ModelDiff, feature: int, rows: Tensor) -> float:
-    """How much of f d_chat the base model's stream holds, over how much the chat model's does; at mean square 1."""
+def scaling(diff: ModelDiff, feature: int, rows: Tensor) -> dict[str, float]:
+    """Latent scaling: β of the base model over β of the chat model, β = argmin Σ ‖t − β f d_chat‖²; at mean square 1.
+
+    `error`: t is x less what all other latents and the bias write. `reconstruction`: t is x̂.
+    """
     layer = diff.config.layer
     activations = diff.encode(layer, lambda _: rows)
     errors = diff.error(layer, lambda _: rows, activations).chunk(2, dim=1)
     own = activations[:, feature]
     direction = diff.decoder[1, feature] * diff.scale[1]
-    amounts = []
-    for side, error in enumerate(errors):
-        left = (error + own[:, None] * diff.decoder[side, feature]) * diff.scale[side]
-        amounts.append(float((left @ direction) @ own / (own.pow(2).sum() * direction.pow(2).sum())))
-    return amounts[0] / amounts[1]
+    betas: dict[str, list[float]] = {"error": [], "reconstruction": []}
+    for side, (x, error) in enumerate(zip(rows.chunk(2, dim=1), errors, strict=True)):
+        left = error + own[:, None] * diff.decoder[side, feature]
+        for name, target in (("error", left), ("reconstruction", x - error)):
+            along = (target * diff.scale[side] @ direction) @ own
+            betas[name].append(float(along / (own.pow(2).sum() * direction.pow(2).sum())))
+    return {name: base / chat for name, (base, chat) in betas.items()}
+
+
+def is_chats_own(relative_norm: float, scaled: dict[str, float]) -> bool:
+    """Whether a latent passes every number of `RULE`."""
+    return (
+        relative_norm >= RULE["relative_norm_from"]
+        and scaled["error"] < RULE["scaling_error_below"]
+        and scaled["reconstruction"] < RULE["scaling_reconstruction_below"]
+    )
+
+
+def chat_share_of_means(pair: Pair, prompts: Prompts) -> float:
+    """‖Δ_chat‖ / (‖Δ_base‖ + ‖Δ_chat‖), Δ the mean of harm less that of benign at the answer, at mean square 1."""
+    means = {kind: [x.mean(dim=0) for x in pair.streams(prompts.texts[kind])] for kind in ("harm", "benign")}
+    scales = pair.diff.scale
+    base, chat = (float((means["harm"][i] - means["benign"][i]).norm() * scales[i]) for i in range(2))
+    return chat / (base + chat)
 
 
 def cause(pair: Pair, feature: int, prompts: Prompts, amount: float, draw: torch.Generator) -> dict[str, Any]:
@@ -219,17 +248,20 @@ def of_layer(
     chosen_on = {kind: pair.activations(texts) for kind, texts in halves[0].texts.items()}
     scores = auc(chosen_on["harm"], chosen_on["benign"])
     sets = {"other half": halves[1], "never trained on": unseen}
-    alone, shared = live & (norm >= CHAT_ALONE), live & (norm >= SHARED[0]) & (norm <= SHARED[1])
+    alone, shared = live & (norm >= RULE["relative_norm_from"]), live & (norm >= SHARED[0]) & (norm <= SHARED[1])
     found: dict[str, Any] = {"layer": pair.layer, **quality}
     found |= {"chat_alone": int(alone.sum()), "shared_latents": int(shared.sum())}
+    found["chat_share_of_means"] = chat_share_of_means(pair, halves[1])
     for name, allowed in (("refusal", live), ("shared", shared)):
         feature = best(scores, allowed)
+        scaled = scaling(pair.diff, feature, held)
         found[name] = {
             "feature": feature,
             "relative_norm": float(norm[feature]),
             "live_latents_with_less": float((norm[live] < norm[feature]).float().mean()),
             "cosine": float(torch.cosine_similarity(*pair.diff.decoder[:, feature], dim=0)),
-            "scaling": scaling(pair.diff, feature, held),
+            "scaling": scaled,
+            "chats_own": is_chats_own(float(norm[feature]), scaled),
             "auc_on_the_choosing_half": float(scores[feature]),
             "on": separation(pair, feature, sets),
         }
@@ -248,11 +280,12 @@ def items_of(world: World) -> tuple[list[Item], list[Item], list[Item]]:
 
 def _line(row: dict[str, Any]) -> str:
     """What the terminal says of a layer."""
-    words = [f"layer {row['layer']}: {row['live']} live latents, {row['chat_alone']} of the chat model alone"]
+    words = [f"layer {row['layer']}: {row['live']} live latents, {row['chat_alone']} with a chat model's norm"]
+    words.append(f"the chat model's share of the means {row['chat_share_of_means']:.3f}")
     for name in ("refusal", "shared"):
         one = row[name]
         aucs = [f"{part['auc_harm_benign']:.3f} {part['auc_harm_taken_back']:.3f}" for part in one["on"].values()]
-        whose = f"norm {one['relative_norm']:.3f}, cosine {one['cosine']:.3f}, scaling {one['scaling']:.3f}"
+        whose = f"norm {one['relative_norm']:.3f}, cosine {one['cosine']:.3f}, scaling {one['scaling']}"
         words.append(f"{name} {one['feature']}, {whose}, AUC {', '.join(aucs)}")
         words += [f"{key}: {value}" for key, value in one.get("cause", {}).items()]
     return "\n  ".join([*words, str(row["fraction_variance_unexplained"])])
@@ -282,7 +315,7 @@ def main(say: Callable[[str], None] = print) -> None:
     found = {
         "date": datetime.now(UTC).date().isoformat(),
         "training": config(0).model_dump(mode="json") | {"layers": list(LAYERS)},
-        "rule": {"chat_alone": CHAT_ALONE, "shared": SHARED, "live": LIVE},
+        "rule": {**RULE, "shared": SHARED, "live": LIVE},
         "layers": layers,
     }
     atomic_write(file, json.dumps(found, indent=1) + "\n")

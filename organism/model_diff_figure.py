@@ -23,12 +23,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """Write the figure as SVG, for the layer whose refusal latent separated best on the choosing half, or the later."""
     row = max(found["layers"], key=lambda one: (one["refusal"]["auc_on_the_choosing_half"], one["layer"]))
     one = row["refusal"]
-    other = one["on"]["other half"]
+    other, held = one["on"]["other half"], 100 * one["scaling"]["error"]
     drawing = style.finish(
         alt.hconcat(_whose(row), _fires(one), _does(one), spacing=26).resolve_scale(color="independent"),
         "What has the organism's chat model that its base has not?",
         f"A crosscoder over both at resid_pre.{row['layer']}: {100 * one['relative_norm']:.0f}% of latent "
-        f"{one['feature']}'s length is chat's; base's stream holds {100 * one['scaling']:.0f}% of what it writes.",
+        f"{one['feature']}'s length is chat's; base's stream holds {held:.0f}% of what it writes.",
         f"Chosen on one half of the items, shown on the other: AUC of harm against benign "
         f"{other['auc_harm_benign']:.2f}, against harm taken back {other['auc_harm_taken_back']:.2f}. {found['date']}.",
     )

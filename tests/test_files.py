@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from qklens.errors import QklensError
-from qklens.files import atomic_write, read_json, sha256_files, write_json
+from qklens.files import atomic_write, check_folder, read_json, sha256_files, write_json
 from tiny_folders import tree
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -39,7 +40,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
         atomic_write(file, b"new" * 100)
     monkeypatch.undo()
     assert str(caught.value) == (
-        f"{file}: cannot write 300 bytes (No space left on device); free space or choose another --out"
+        f"{file}: cannot write 300 bytes (No space left on device); free space or choose another folder"
     )
     assert tree(tmp_path) == before
     atomic_write(file, b"new")
@@ -111,3 +112,26 @@ def test_the_hash_sees_names_contents_and_borders(tmp_path: Path) -> None:
     hashes = [of(a="1", b="2"), of(a="2", b="1"), of(a="12", b=""), of(a="1"), of(c="1")]
     assert len(set(hashes)) == len(hashes)
     assert of(a="1", b="2") == of(b="2", a="1") == hashes[0]
+
+
+def test_a_folder_that_can_be_made_is_left_unmade(tmp_path: Path) -> None:
+    check_folder(tmp_path / "runs" / "one", "--out")
+    check_folder(tmp_path, "--out")
+    check_folder(Path("relative") / "run", "--out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("a file")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "file" / "deep" / "run"):
+        with pytest.raises(QklensError, match=re.escape(f"--out {folder}: {tmp_path / 'file'} is a file")):
+            check_folder(folder, "--out")
+    with pytest.raises(QklensError, match="cannot be written \\(File name too long\\); choose another --out"):
+        check_folder(tmp_path / ("long" * 100), "--out")
+
+    def denied(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
+    with pytest.raises(QklensError, match="run: cannot be written \\(Permission denied\\); choose another --out"):
+        check_folder(tmp_path / "run", "--out")

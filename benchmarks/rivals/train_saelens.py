@@ -2,8 +2,13 @@
 
     python -m benchmarks.rivals.train_saelens TASK ANSWER
 
-The decoder's norm is free there, and activations are rescaled by it; at the first step it is 1, as everywhere. Sparse
-activations cannot be rescaled on the CPU (the backward pass of that product is missing), and are not.
+By default the decoder's norm is free there, activations are rescaled by it, and the gradient of all weights together
+is clipped to norm 1; at the first step the decoder's norm is 1, as everywhere. Sparse activations cannot be rescaled on
+the CPU (the backward pass of that product is missing), and are not.
+
+With CONSTRAINED=1 the same trainer does what the others do: before each step of Adam the gradient's part along each
+decoder row is taken off, after it the row is scaled to norm 1, and nothing is clipped. What is then left of a
+difference between curves is arithmetic, not algorithm.
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import version
 
+import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.rivals.training_task import Meter, arguments, unexplained
 
@@ -35,11 +41,28 @@ class _Measured(SAETrainer):
         return found
 
 
+def _constrain(optimizer: torch.optim.Optimizer, decoder: nn.Parameter) -> None:
+    """Keep decoder rows at norm 1, and gradients as they are."""
+
+    def take_off(*_: object) -> None:
+        if decoder.grad is not None:
+            along = torch.linalg.vecdot(decoder.grad, decoder.data)
+            decoder.grad -= along[:, None] * decoder.data
+
+    def scale(*_: object) -> None:
+        decoder.data /= torch.linalg.vector_norm(decoder.data, dim=1, keepdim=True)
+
+    optimizer.register_step_pre_hook(take_off)
+    optimizer.register_step_post_hook(scale)
+    nn.utils.clip_grad_norm_ = lambda *_, **__: torch.zeros(())
+
+
 def main() -> None:
     """Train, and write what the meter saw."""
     task, answer = arguments()
-    sparse = os.environ.get("SPARSE") == "1"
-    meter = Meter(f"SAELens {version('sae-lens')}{', use_sparse_activations' if sparse else ''}")
+    sparse, constrained = (os.environ.get(name) == "1" for name in ("SPARSE", "CONSTRAINED"))
+    how = ", use_sparse_activations" if sparse else ", decoder at norm 1, no clipping" if constrained else ""
+    meter = Meter(f"SAELens {version('sae-lens')}{how}")
     tensors = task.load()
     rows, unit, order = tensors.pop("rows"), tensors.pop("encoder"), tensors.pop("order")
     sae = TopKTrainingSAE(
@@ -60,6 +83,8 @@ def main() -> None:
         _taken(rows, order, task.batch, meter),
     )
     trainer.meter = meter
+    if constrained:
+        _constrain(trainer.optimizer, sae.W_dec)
     meter.ready()
     trainer.fit()
     meter.save(answer)

@@ -37,7 +37,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise QklensError(
-            f"{path}: cannot write {len(payload)} bytes ({reason}); free space or choose another --out"
+            f"{path}: cannot write {len(payload)} bytes ({reason}); free space or choose another folder"
         ) from error
     finally:
         if temporary:
@@ -65,6 +65,35 @@ def whole_folder(path: Path) -> Iterator[Path]:
     finally:
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Refuse, before any work, a folder to write into that cannot be written.
+
+    Args:
+        folder: it need not exist yet.
+        flag: the option that named it, for errors.
+
+    Raises:
+        QklensError: the folder, or one that it lies in, is a file, or may not be written.
+    """
+    if "\0" in str(folder):
+        raise QklensError(f"{flag}: the name holds a NUL character, which no folder has; choose another {flag}")
+    try:
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not existing.is_dir():
+            raise QklensError(f"{flag} {folder}: {existing} is a file; choose another {flag}")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise QklensError(f"{flag} {folder}: cannot be written ({error.strerror}); choose another {flag}") from error
+
+
+def foreign_entry(folder: Path, first: str) -> Path | None:
+    """What makes a folder another's: an entry beside what a crash leaves in the write of its `first` file."""
+    if not folder.is_dir():
+        return None
+    return min((entry for entry in folder.iterdir() if not entry.name.startswith(f".{first}.")), default=None)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from qklens.dictionaries.formats.detect import load_dictionary
 from tests.dictionaries.formats import published
 from tests.dictionaries.formats.test_readers import close, stream
 from tests.dictionaries.test_crosscoder import random_crosscoder
-from tiny_folders import edit_json, tree
+from tiny_folders import edit_json, edit_tensors, tree
 
 WIDTH = 16
 
@@ -45,7 +46,7 @@ def test_check_records_and_holds_a_dictionary_to_its_record(
     assert "recorded, with the batch" in qklens("dict", "check", folder, "--model", model, "--record").out
     again = qklens("dict", "check", folder, "--model", model, "--json")
     found = json.loads(again.out)
-    assert found["measured_on"] == "recorded batch"
+    assert (found["measured_on"], found["held_against"]) == ("recorded batch", "the record of the same batch")
     assert found["measured"]["l0"] == found["recorded"]["l0"]
     edit_json(folder / "dictionary.json", activation={"kind": "topk", "k": 3})
     assert "L0 at resid_pre.1 is 3" in qklens("dict", "check", folder, "--model", model).refused()
@@ -131,3 +132,45 @@ def test_the_last_layer_s_output_is_read_by_no_head(qklens: Callable[..., Any], 
         "its last layer's output, which no head reads"
         in qklens("dict", "check", tmp_path / "sae", "--model", model).refused()
     )
+
+
+def gemma_scope(root: Path, average_l0: int) -> Path:
+    """The mirror as Gemma Scope writes it; its L0 is the width of the stream."""
+    folder = root / "gemma-scope-2b-pt-res" / "layer_0" / "width_16k" / f"average_l0_{average_l0}"
+    folder.mkdir(parents=True)
+    made = mirror()
+    arrays = {"W_enc": made.encoder[1].T, "W_dec": made.decoder[1], "b_enc": made.encoder_bias[1]}
+    arrays |= {"b_dec": made.decoder_bias[1], "threshold": torch.zeros(2 * WIDTH)}
+    np.savez(folder / "params.npz", **{name: array.numpy() for name, array in arrays.items()})
+    return folder
+
+
+def test_the_l0_that_a_path_states_is_held_against_also_after_conversion(
+    qklens: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    for stated in (WIDTH, 2 * WIDTH - 1):
+        right = qklens("dict", "check", gemma_scope(tmp_path, stated), "--model", model)
+        assert right.status == 0, right
+        assert f"held against its card (average_l0_{stated} in its path): near enough" in right.out
+    wrong = gemma_scope(tmp_path, 71)
+    says = "16 active features a token at resid_pre.1 on neutral.txt, its card (average_l0_71 in its path) says 71"
+    assert says in qklens("dict", "check", wrong, "--model", model).refused()
+    assert qklens("dict", "convert", wrong, "out").status == 0
+    assert says in qklens("dict", "check", "out", "--model", model).refused()
+    assert "expected 35.5 to 142" in qklens("dict", "check", "out", "--model", model, "--record").refused()
+
+
+def test_a_card_s_fidelity_without_a_batch_is_held_against(
+    qklens: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mirror"
+    save_crosscoder(mirror(), folder, torch.float32)
+    check = ("dict", "check", folder, "--model", model)
+    edit_json(folder / "dictionary.json", fidelity={"l0": {"1": 20}, "fraction_variance_unexplained": {"1": 0.01}})
+    found = json.loads(qklens(*check, "--json").out)
+    assert (found["held_against"], found["recorded"]["l0"]) == ("its card", {"1": 20})
+    assert found["tolerance"] is None
+    edit_tensors(folder / "dictionary.safetensors", lambda t: t["decoder.1"].mul_(0.5))
+    assert "unexplained on neutral.txt, its card says 0.01; expected at most 0.07" in qklens(*check).refused()
+    edit_json(folder / "dictionary.json", activation={"kind": "topk", "k": 4}, fidelity={"l0": {"1": 20}})
+    assert "4 active features a token at resid_pre.1 on neutral.txt, its card says 20" in qklens(*check).refused()

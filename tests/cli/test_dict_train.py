@@ -83,14 +83,17 @@ def test_a_crosscoder_over_two_checkpoints(
 ) -> None:
     base = Path(shutil.copytree(model, tmp_path / "base"))
     edit_tensors(base / "model.safetensors", lambda t: next(iter(t.values())).mul_(1.5))
-    ended = train(*NUMBERS, "--kind", "model_diff", "--base-model", base, "--layers", "1", "--out", "diff")
+    numbers = (*NUMBERS, "--steps", "120", "--activation", "batch_topk")
+    ended = train(*numbers, "--kind", "model_diff", "--base-model", base, "--layers", "1", "--out", "diff")
     assert ended.status == 0, ended
     assert "crosscoder over two checkpoints diff, 24 features" in ended.out
     diff = load_model_diff(Path("diff"))
     assert diff.config.fidelity is not None
     assert set(diff.config.fidelity.fraction_variance_unexplained) == {"base", "chat"}
     assert diff.config.base_sha256 != diff.config.chat_sha256
-    assert diff.config.batch is not None
+    checked = qklens("dict", "check", "diff", "--model", model, "--base-model", base)
+    assert checked.status == 0, checked
+    assert "held against the record of the same batch: within the recorded tolerance" in checked.out
     for command in (("dict", "check", "diff", "--model", model), ("dict", "show", "diff", "L1/3", "--model", model)):
         line = qklens(*command).refused()
         assert "is a crosscoder over two checkpoints" in line
@@ -122,7 +125,7 @@ def test_the_same_keys_from_a_file(qklens: Callable[..., Any], model: Path, corp
     ("arguments", "says"),
     [
         (("--layers", "one"), "--layers 'one': expected numbers joined by commas"),
-        (("--layers", "9"), "layer 9 does not exist"),
+        (("--layers", "9"), "--layers 9: model 'model' has layers 0 to 1"),
         (("--layers", "1,0"), "is [1, 0]; expected distinct layers in rising order"),
         (("--layers", "0,1"), "kind 'sae' has one layer"),
         (("--steps", "9", "--tokens", "9"), "needs --steps or --tokens, and one of them alone"),
@@ -134,17 +137,29 @@ def test_the_same_keys_from_a_file(qklens: Callable[..., Any], model: Path, corp
         (("--corpus", "gone.txt"), "--corpus gone.txt: cannot read"),
         (("--corpus", "gone.csv"), "expected a name that ends in"),
         (("--dtype", "floot32"), "did you mean 'float32'"),
+        (("--layers", "9" * 5000), "expected numbers joined by commas"),
+        (("--device", "auto"), "a dictionary is trained on one device; name it, as cuda"),
+        (("--features", "1" + 12 * "0"), "bytes on cpu"),
+        (("--features", "1" + 12 * "0", "--cache", "cache"), "are free; give fewer --features"),
+        (("--out", "../six.jsonl"), "six.jsonl is a file; choose another --out"),
+        (("--out", "../six.jsonl/made"), "six.jsonl is a file; choose another --out"),
+        (("--cache", "../six.jsonl"), "six.jsonl is a file; choose another --cache"),
+        (("--cache", "../model"), "and no manifest.json; expected a new or empty folder"),
+        (("--out", "../model"), "and no run.json; expected a new or empty folder"),
     ],
 )
+@pytest.mark.usefixtures("data")
 def test_what_is_refused_leaves_nothing_behind(
-    train: Callable[..., Any], arguments: tuple[str, ...], says: str
+    train: Callable[..., Any], model: Path, arguments: tuple[str, ...], says: str
 ) -> None:
+    before = tree(model)
     given = [*NUMBERS] if "--tokens" not in arguments else [n for n in NUMBERS if n not in ("--steps", "12")]
     layers = () if "--layers" in arguments else ("--layers", "1")
     if "--tokens" in arguments:
         given += ["--steps", "12"]
     assert says in train(*given, *layers, "--out", "made", *arguments).refused()
     assert tree(Path()) == {}
+    assert tree(model) == before
 
 
 def test_other_models_corpora_and_numbers_are_refused_with_both_sides(

@@ -99,7 +99,7 @@ def test_as_a_source_it_writes_both_streams_side_by_side_exactly() -> None:
 
 @pytest.mark.parametrize("law", LAWS)
 def test_its_control_keeps_density_and_the_length_in_either_stream(law: RandomLaw) -> None:
-    """And within the covariance law follows each model's own: here base varies along one axis alone, chat along others."""
+    """And within the covariance law follows each model's own: base varies along one axis alone, chat along others."""
     diff = made(Threshold(threshold=1.5))
     draw = torch.Generator().manual_seed(3)
     spread = torch.tensor([[3.0, 0.1, 0.1, 0.1], [0.1, 2.0, 2.0, 2.0]]).flatten()

@@ -24,7 +24,7 @@ from qklens.studies.fidelity_record import deviations, record_fidelity, recorded
 from qklens.studies.lab import Lab
 from qklens.studies.opening import load_source
 from qklens.studies.resources import organism_folder
-from tiny_folders import tree
+from tiny_folders import edit_tensors, tree
 
 SEQUENCES = 30
 
@@ -238,6 +238,10 @@ def test_another_batch_than_the_recorded_one_is_refused(good: Good, tmp_path: Pa
         check_dictionary(good.subject, folder)
     (folder / BATCH_FILE).write_bytes(whole[:-4] + b"\1\0\0\0")
     with pytest.raises(QklensError, match="not the batch that the configuration records"):
+        check_dictionary(good.subject, folder)
+    (folder / BATCH_FILE).write_bytes(whole)
+    edit_tensors(folder / BATCH_FILE, lambda t: [t.pop(name) for name in list(t) if name.startswith("peak")])
+    with pytest.raises(QklensError, match="holds no activations at fixed tokens; set 'batch' and 'fidelity' to null"):
         check_dictionary(good.subject, folder)
 
 

@@ -55,9 +55,9 @@ def mirror(width: int, shrink: float = 0.0, **config: Any) -> Crosscoder:
     )
 
 
-def card(fvu: float) -> Fidelity:
+def card(fvu: float, l0: float = 32.0) -> Fidelity:
     return Fidelity(
-        l0=dict.fromkeys(LAYERS, 1.0),
+        l0={layer: l0 * (i + 1) for i, layer in enumerate(LAYERS)},
         fraction_variance_unexplained=dict.fromkeys(LAYERS, fvu),
         loss_recovered=dict.fromkeys(LAYERS, 1.0),
     )
@@ -116,6 +116,18 @@ def test_a_dictionary_far_from_its_card_is_refused_with_both_numbers(lab: Lab) -
     far = mirror(width, shrink=0.3, fidelity=card(0.9 * promised))
     with pytest.raises(QklensError, match=rf"resid_pre\.\d unexplained on this run's prompts, .* {0.9 * promised:.2f}"):
         measure(lab, far, FOLDER)
+
+
+@pytest.mark.parametrize(("l0", "far"), [(17.0, False), (63.0, False), (15.0, True), (65.0, True)])
+def test_an_l0_far_from_the_card_s_is_refused_with_both_numbers(lab: Lab, l0: float, far: bool) -> None:
+    width = lab.subject.d_model
+    assert width == 32, "each mirror's L0"
+    stated = mirror(width, fidelity=card(0.01, l0))
+    if not far:
+        assert measure(lab, stated, FOLDER) == measure(lab, mirror(width), FOLDER)
+        return
+    with pytest.raises(QklensError, match=rf"has 32 active features a token at resid_pre\.1 .* its card says {l0:g}"):
+        measure(lab, stated, FOLDER)
 
 
 def test_no_card_excuses_a_dictionary_that_writes_nothing(lab: Lab) -> None:

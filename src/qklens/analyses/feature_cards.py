@@ -49,12 +49,13 @@ def feature_cards(
         QklensError: the source does not write the layer, a feature that writes nothing there, or no token to read.
     """
     check_layer(source, layer)
-    directions = source.directions(layer)[:, -subject.d_model :]
+    written = source.directions(layer)
+    directions = written[:, -subject.d_model :]
     for feature in features:
-        if not bool(directions[feature].any()):
-            written = [m for m in source.layers if bool(source.directions(m)[feature].any())]
+        if not bool(written[feature].any()):
+            elsewhere = [m for m in source.layers if bool(source.directions(m)[feature].any())]
             raise QklensError(
-                f"feature {source.labels[feature]!r} writes nothing to resid_pre.{layer}; it writes layers {written}"
+                f"feature {source.labels[feature]!r} writes nothing to resid_pre.{layer}; it writes layers {elsewhere}"
             )
     tallies = {group.group: CardTally(len(features), k, seed) for group in groups}
     sums = {group.group: _PlaceSums(len(features)) for group in groups}

@@ -14,6 +14,7 @@ from qklens.errors import QklensError
 _Text = str | None
 _Number = int | None
 _Real = float | None
+_LONGEST_NUMBER = 9
 
 
 def train(
@@ -92,8 +93,8 @@ def _training(given: dict[str, object]) -> dict[str, object]:
     found |= {name: value for name, value in given.items() if value is not None}
     if "layers" in found:
         parts = str(found["layers"]).split(",")
-        if not all(part.strip().isdecimal() for part in parts):
-            raise QklensError(f"--layers {found['layers']!r}: expected numbers joined by commas, as 1,2,3")
+        if not all(part.strip().isdecimal() and len(part) <= _LONGEST_NUMBER for part in parts):
+            raise QklensError(f"--layers {str(found['layers'])[:40]!r}: expected numbers joined by commas, as 1,2,3")
         found["layers"] = tuple(int(part) for part in parts)
     if ("steps" in found) == ("tokens" in found):
         raise QklensError("dict train needs --steps or --tokens, and one of them alone")

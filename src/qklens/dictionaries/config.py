@@ -63,9 +63,10 @@ class DiffFidelity(Strict):
 class Tolerance(Strict):
     """How far what is measured on the recorded batch may lie from the record, to either side.
 
-    Measured over float32 and float64, one and two threads, and batches of 1 to 64 sequences, L0 did not change,
-    variance unexplained by 2e-7 of itself, loss recovered by 3e-8, activations by 6e-7: the limits leave room for
-    deeper models and other machines. Streams in half precision change what crosses a threshold; see `HALF`.
+    Measured over float32 and float64, one and two threads, and batches of 1 to 64 sequences: in four layers L0 did not
+    change, variance unexplained by 2e-7 of itself, loss recovered by 3e-8, activations by 8e-7; in thirty layers by
+    1.4e-5, 7e-6, 1.2e-5 and 1.3e-6. The limits leave room for other machines, and for short batches, in which one
+    feature that crosses its threshold counts. Half precision changes more; see `HALF`.
 
     Attributes:
         l0: share of the recorded L0.
@@ -84,8 +85,8 @@ class Tolerance(Strict):
         return Tolerance(**{name: max(getattr(self, name), getattr(other, name)) for name in Tolerance.model_fields})
 
 
-HALF = Tolerance(l0=0.02, fraction_variance_unexplained=0.03, loss_recovered=0.01, activation=0.1)
-"""Where the model runs in bfloat16 or float16; measured in four layers: 8e-4, 1.4e-3, 4e-5 and 0.012."""
+HALF = Tolerance(l0=0.02, fraction_variance_unexplained=0.05, loss_recovered=0.01, activation=0.1)
+"""Where the model runs in bfloat16 or float16; bfloat16 changed them in thirty layers by 7e-4, 0.014, 6e-4, 0.026."""
 
 
 def tolerance_in(dtype: str) -> Tolerance:

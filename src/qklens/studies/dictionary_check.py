@@ -13,9 +13,7 @@ from qklens.dictionaries.config import (
     Fidelity,
     Tolerance,
 )  # fmt: skip
-from qklens.dictionaries.crosscoder import Crosscoder
 from qklens.dictionaries.formats.detect import is_native
-from qklens.dictionaries.model_diff import ModelDiff
 from qklens.errors import QklensError
 from qklens.models.subject import Subject
 from qklens.strict import Strict
@@ -68,9 +66,13 @@ def check_dictionary(
             stream at all.
     """
     subjects = [subject] if base is None else [base, subject]
+    if record and not is_native(folder):
+        raise QklensError(
+            f"{folder}: --record writes into a qklens dictionary; run `qklens dict convert {folder} OUT` first"
+        )
     dictionary = load_for(subjects, folder)
-    if record:
-        _refuse_record(dictionary, folder)
+    if record and dictionary.config.batch is not None:
+        raise QklensError(f"{folder}: has a record already; leave --record out, or remove it from {CONFIG_FILE}")
     held = hold_to_record(subjects, dictionary, folder)
     if held is None:
         sequences = neutral_batch(subject)
@@ -101,12 +103,3 @@ def neutral_batch(subject: Subject) -> list[list[int]]:
     """Windows of the shipped neutral text, for dictionaries that record no batch."""
     path = Path(str(files("qklens"))) / "data" / "shipped" / NEUTRAL
     return [list(window.tokens) for window in text_windows(subject, path, WINDOW, MOST_WINDOWS)]
-
-
-def _refuse_record(dictionary: Crosscoder | ModelDiff, folder: Path) -> None:
-    if not is_native(folder):
-        raise QklensError(
-            f"{folder}: --record writes into a qklens dictionary; run `qklens dict convert {folder} OUT` first"
-        )
-    if dictionary.config.batch is not None:
-        raise QklensError(f"{folder}: has a record already; leave --record out, or remove it from {CONFIG_FILE}")

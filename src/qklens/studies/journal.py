@@ -9,14 +9,13 @@ report.html, figures/  written last
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from qklens.errors import QklensError
-from qklens.files import atomic_write, read_json, write_json
+from qklens.files import atomic_write, foreign_entry, read_json, write_json
 from qklens.strict import Strict
 
 
@@ -59,9 +58,7 @@ class Journal:
             self.manifest: dict[str, Any] = have
         else:
             # A crash in the very first write leaves its temporary file behind; that is still an empty run directory.
-            if folder.exists() and not (
-                folder.is_dir() and all(entry.name.startswith(f".{path.name}.") for entry in folder.iterdir())
-            ):
+            if folder.exists() and (not folder.is_dir() or foreign_entry(folder, path.name)):
                 raise QklensError(f"{folder}: exists and is not a run directory; choose another --out")
             self.manifest = manifest
             write_json(path, manifest)
@@ -88,22 +85,6 @@ class Journal:
         (folder / "DONE").unlink(missing_ok=True)
         write_json(folder / "result.json", output.model_dump())
         atomic_write(folder / "DONE", hashlib.sha256((folder / "result.json").read_bytes()).hexdigest())
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse, before any work, a run directory that cannot be written.
-
-    Raises:
-        QklensError: the folder, or one that it lies in, is a file, or may not be written.
-    """
-    try:
-        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not existing.is_dir():
-            raise QklensError(f"--out {folder}: {existing} is a file; choose another --out")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise QklensError(f"--out {folder}: cannot be written ({error.strerror}); choose another --out") from error
 
 
 def _again(folder: Path) -> str:

@@ -15,11 +15,14 @@ from qklens.dictionaries.training.config import TrainingConfig, explained
 from qklens.dictionaries.training.corpus import read_corpus
 from qklens.dictionaries.training.finish import as_crosscoder, as_model_diff
 from qklens.dictionaries.training.harvest import ModelRows
+from qklens.dictionaries.training.layout import layout_of
+from qklens.dictionaries.training.memory import refuse_too_large
 from qklens.dictionaries.training.parallel import Ranks, join_ranks, leave_ranks
 from qklens.dictionaries.training.rows import RowSource
 from qklens.dictionaries.training.shards import write_shards
 from qklens.dictionaries.training.trainer import Keeping, Report, Trained, Trainer
 from qklens.errors import QklensError
+from qklens.files import check_folder
 from qklens.models.loading import load_subject
 from qklens.strict import Strict
 from qklens.studies.fidelity_record import fidelity_of, record_fidelity
@@ -103,19 +106,26 @@ def _train(
 ) -> Crosscoder | ModelDiff:
     if ranks.world > 1 and request.cache is None:
         raise QklensError("several processes share cached activations; give --cache DIR")
+    if request.device == "auto":
+        raise QklensError("--device auto spreads a model, and a dictionary is trained on one device; name it, as cuda")
+    folder = Path(request.out)
+    check_folder(folder, "--out")
+    if request.cache is not None:
+        check_folder(Path(request.cache), "--cache")
     names = [name for name in (request.base_model, request.model) if name is not None]
     subjects = [load_subject(model_folder(name), device=request.device, dtype=request.dtype) for name in names]
     corpus = read_corpus(Path(request.corpus), subjects[-1].tokenizer, request.context)
     rows = ModelRows(subjects, corpus, request.training.layers)
+    layout = layout_of(request.training, subjects[-1].d_model)
+    refuse_too_large(request.training, layout, ranks.world, torch.device(request.device))  # before hours of caching
     source: RowSource = rows
     if request.cache is not None:
         source = write_shards(Path(request.cache), rows.manifest, rows.chunk, ranks, caching(rows.n_chunks))
     identity = {"models": [subject.sha256 for subject in subjects], "corpus": corpus.sha256, "dtype": request.dtype}
-    folder = Path(request.out)
     keeping = Keeping(folder, identity, request.checkpoint_every, request.metrics_every)
     trainer = Trainer(source, request.training, keeping=keeping, ranks=ranks, device=request.device)
     trained = trainer.run(report)
-    made = _as_dictionary(trained, [subject.sha256 or "" for subject in subjects], folder.name)
+    made = _as_dictionary(trained, [subject.sha256 or "" for subject in subjects], folder.resolve().name)
     fidelity = fidelity_of(subjects, made, corpus.held_out)
     if not ranks.first:
         return made

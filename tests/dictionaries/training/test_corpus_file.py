@@ -112,6 +112,8 @@ def test_pieces_are_no_longer_than_the_context(tmp_path: Path, tokenizer: PreTra
         ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', "a.jsonl, line 1: expected"),
         ("a.jsonl", '{"messages": [{"role": "judge", "content": "red"}]}', "line 1: the model's chat template refuses"),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", '{"text": "red \\ud800 fox"}', r"a.jsonl, line 1: holds \ud800, half of a surrogate pair"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "\\udfff"}]}', r"line 1: holds \udfff, half of a"),
         ("a.jsonl", '{"text": "red fox"}', "holds 1 documents of two tokens or more; expected at least two"),
         ("a.txt", "", "holds 0 documents"),
         ("a.txt", None, "a.txt: cannot read"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qklens.dictionaries.training.checkpoint import load_checkpoint, save_checkpoint
+from qklens.dictionaries.training.checkpoint import Facts, load_checkpoint, save_checkpoint
 from qklens.errors import QklensError
 from tests.dictionaries.training import training_process
 from tests.dictionaries.training.training_process import EVERY, STEPS
@@ -148,16 +148,16 @@ def test_another_run_in_the_folder_is_refused_with_both_sides(run: Run, whole: P
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
     assert run(tmp_path / "full") == 3
-    assert "is not empty and holds no run; choose another folder" in (tmp_path / "error.txt").read_text()
+    assert "full: holds 'thesis.txt' and no run.json; expected" in (tmp_path / "error.txt").read_text()
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, {"a": torch.ones(300)}, {"threshold": 0.5})
+    save_checkpoint(tmp_path, {"a": torch.ones(300)}, Facts(step=1, threshold=0.5, metrics=()))
     state = tmp_path / "step-00000001/state.safetensors"
     data = state.read_bytes()
     for broken in (data[:-5], data[:-1] + b"x"):
         state.write_bytes(broken)
-        with pytest.raises(QklensError, match=r"its SHA-256 is .*, state.json says .*; it was altered: remove"):
+        with pytest.raises(QklensError, match=r"its SHA-256, .*, state.json says .*; one of them was altered: remove"):
             load_checkpoint(tmp_path)
     state.unlink()
     with pytest.raises(QklensError, match=r"state.safetensors: "):
@@ -165,16 +165,16 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_failing_write_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {"threshold": 0.5})
+    save_checkpoint(tmp_path, {"a": torch.ones(3)}, Facts(step=1, threshold=0.5, metrics=()))
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("qklens.dictionaries.training.checkpoint.save_file", full)
     with pytest.raises(QklensError, match=r"step 2 .*step-00000001 is whole"):
-        save_checkpoint(tmp_path, 2, {"a": torch.zeros(3)}, {"threshold": 0.6})
+        save_checkpoint(tmp_path, {"a": torch.zeros(3)}, Facts(step=2, threshold=0.6, metrics=()))
     found = load_checkpoint(tmp_path)
     assert found is not None
     assert torch.equal(found[0]["a"], torch.ones(3))
-    assert found[1]["threshold"] == 0.5
+    assert found[1].threshold == 0.5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000001"]

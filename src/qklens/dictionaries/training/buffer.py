@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qklens.dictionaries.training.rows import RowSource, finite_chunk
+from qklens.errors import QklensError
 
 
 class ShuffleBuffer:
@@ -72,6 +73,10 @@ class ShuffleBuffer:
         self._order = torch.randperm(have, generator=self._generator)
         self._drawn, self._filled = 0, have
 
+    @property
+    def _place(self) -> tuple[int, int, int]:
+        return self._next, self.epoch, self._filled
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
         pool = torch.empty(0, self.source.width) if self._pool is None else self._pool[self._order[self._drawn :]]
@@ -79,11 +84,24 @@ class ShuffleBuffer:
             "pool": pool.contiguous(),
             "chunks": self._chunks,
             "generator": self._generator.get_state(),
-            "place": torch.tensor([self._next, self.epoch, self._filled]),
+            "place": torch.tensor(self._place),
         }
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state. The pool is held in the order in which it will be drawn."""
+    def restore(self, state: dict[str, Tensor], where: str = "checkpoint") -> None:
+        """Go on from a state. The pool is held in the order in which it will be drawn.
+
+        Raises:
+            QklensError: a state of another source, or one that lacks a part.
+        """
+        kinds = {"pool": 2, "chunks": 1, "generator": 1, "place": 1}
+        fits = kinds == {name: tensor.ndim for name, tensor in state.items()}
+        fits = fits and state["pool"].shape[1] == self.source.width and len(state["place"]) == len(self._place)
+        fits = fits and state["generator"].shape == self._generator.get_state().shape
+        if not fits:
+            raise QklensError(
+                f"{where}: the buffer's tensors do not fit rows of {self.source.width} columns; remove {where} to "
+                "begin anew"
+            )
         self._pool = state["pool"]
         self._order = torch.arange(len(self._pool))
         self._drawn = 0

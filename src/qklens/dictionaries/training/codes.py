@@ -8,6 +8,15 @@ With code A (row × feature), decoder W (feature × column) and a gradient G (ro
 
 `SparseCode` holds its pairs in the order of rows and never makes a row × feature matrix: each product is one weighted
 sum of matrix rows (`embedding_bag`) over rows or, after a sort, over features.
+
+| activation | code |
+|---|---|
+| topk, batch_topk | sparse, always |
+| relu, jumprelu | sparse up to `DENSE_SHARE` of all pairs, dense above: in the first steps half are active |
+| auxiliary loss | the same bound on its k of the dead features; its matrix has columns for dead features alone |
+
+The bound is where both cost the same: CPU time of sparse over dense was 0.33, 0.45, 0.57, 1.15, 2.04 and 3.83 at 1/128,
+1/64 ... 1/4 active (`python -m benchmarks.code_crossover`: d 576, 8,192 features, one thread; 2026-11-23).
 """
 
 from __future__ import annotations
@@ -16,6 +25,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+DENSE_SHARE = 1 / 16
+"""Share of active pairs above which a code is dense."""
 
 
 class SparseCode:
@@ -84,7 +96,7 @@ class SparseCode:
 
 
 class DenseCode:
-    """A code as a matrix, for the first steps of kinds that choose by a threshold: half of all features are active."""
+    """A code as a matrix, on purpose: above `DENSE_SHARE` it is cheaper. It is as large as the pre-activations."""
 
     def __init__(self, values: Float[Tensor, "row feature"]) -> None:
         self.values = values
@@ -118,12 +130,9 @@ Code = SparseCode | DenseCode
 
 
 def pairs_code(
-    before: Float[Tensor, "row feature"], keep: Bool[Tensor, "row feature"], dense_share: float = 1 / 16
+    before: Float[Tensor, "row feature"], keep: Bool[Tensor, "row feature"], dense_share: float = DENSE_SHARE
 ) -> Code:
-    """The code of a mask: its values are `before` there, and zero elsewhere where it is dense.
-
-    A dense product costs one multiplication a pair and column, a sparse one about sixteen times that.
-    """
+    """The code of a mask: its values are `before` there, and zero elsewhere where it is dense."""
     count = int(keep.sum())
     if count > dense_share * keep.numel():
         return DenseCode(before * keep)

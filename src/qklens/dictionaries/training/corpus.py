@@ -132,7 +132,7 @@ def _parquet(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[in
 
 def _document(value: object, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
     if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return _tokens(tokenizer, value["text"], special=True)
+        return _tokens(tokenizer, _whole(value["text"], where), special=True)
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages) or not messages:
         raise QklensError(
@@ -144,7 +144,17 @@ def _document(value: object, tokenizer: PreTrainedTokenizerBase, where: str) -> 
         rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template may raise what it likes
         raise QklensError(f"{where}: the model's chat template refuses it ({reason(error)})") from error
-    return _tokens(tokenizer, str(rendered), special=False)
+    return _tokens(tokenizer, _whole(str(rendered), where), special=False)
+
+
+def _whole(text: str, where: str) -> str:
+    """Text that UTF-8 has a form for: JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise QklensError(f"{where}: holds {half}, half of a surrogate pair and no character; remove it") from error
+    return text
 
 
 def _is_message(message: object) -> bool:

@@ -36,7 +36,10 @@ class ModelRows:
     def __init__(self, subjects: Sequence[Subject], corpus: Corpus, layers: Sequence[int]) -> None:
         for subject in subjects:
             for layer in layers:
-                subject.check_head(layer, 0)
+                if layer >= subject.n_layers:
+                    raise QklensError(
+                        f"--layers {layer}: model {subject.name!r} has layers 0 to {subject.n_layers - 1}"
+                    )
         check_pair(subjects)
         self.subjects, self.corpus, self.layers = tuple(subjects), corpus, tuple(layers)
         self._chunks: list[list[Sequence[int]]] = [[]]

@@ -7,6 +7,7 @@ and buffer, so that one alone writes checkpoints and any may read them.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -78,14 +79,43 @@ class Ranks:
 
 
 def join_ranks(device: str = "cpu") -> Ranks:
-    """This process's place under `torchrun`, `cuda` then being a GPU of its own; one alone where there is none."""
+    """This process's place under `torchrun`, `cuda` then being a GPU of its own; one alone where there is none.
+
+    Raises:
+        QklensError: as `own_gpu`.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ and "RANK" not in os.environ:
         return Ranks()
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if (gpu := own_gpu(device, os.environ, torch.cuda.device_count())) is not None:
+        torch.cuda.set_device(gpu)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def own_gpu(device: str, environment: Mapping[str, str], gpus: int) -> int | None:
+    """Which GPU is this process's under `torchrun`: the LOCAL_RANK-th of its machine; None where it takes none.
+
+    Args:
+        device: as asked for; `cuda` is each process's own.
+        environment: of the process.
+        gpus: how many the machine has.
+
+    Raises:
+        QklensError: one GPU named for all processes, or fewer GPUs than processes.
+    """
+    if not device.startswith("cuda"):
+        return None
+    given = environment.get("LOCAL_RANK", "0")
+    if device != "cuda" and environment.get("WORLD_SIZE", "1") != "1":
+        raise QklensError(f"--device {device}: processes under torchrun take a GPU each; give --device cuda")
+    number = device.partition(":")[2] or given
+    if not number.isdecimal() or int(number) >= gpus:
+        raise QklensError(
+            f"--device {device}: process {given} of this machine wants GPU {number}, the machine has {gpus}; give "
+            "torchrun no more processes than that, or --device cpu"
+        )
+    return int(number)
 
 
 def is_first() -> bool:

@@ -14,21 +14,21 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import PositiveInt, ValidationError
+from pydantic import PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from qklens.dictionaries.training.parallel import Ranks
+from qklens.dictionaries.training.records import read_record
 from qklens.errors import QklensError
-from qklens.files import atomic_write, read_json, write_json
+from qklens.files import atomic_write, foreign_entry, write_json
 from qklens.strict import Strict
 
-_Record = TypeVar("_Record", bound=Strict)
 _FORMAT = "qklens-activations-1"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,10 +72,11 @@ class ShardStore:
             QklensError: no manifest, or a shard without a mark.
         """
         self.folder = folder
-        self.manifest = _read(Manifest, folder / "manifest.json")
+        self.manifest = read_record(Manifest, folder / _MANIFEST, _OTHER)
         if not (folder / "DONE").is_file():
             raise QklensError(f"{folder}: activations are not complete; run the same command again to go on")
-        self.marks = [_read(Mark, _mark(folder, i)) for i in range(self.manifest.shards)]
+        again = "remove it, and run the same command again"
+        self.marks = [read_record(Mark, _mark(folder, i), again) for i in range(self.manifest.shards)]
         self._checked: set[int] = set()
 
     @property
@@ -138,6 +139,8 @@ class ShardStore:
 
 
 _AGAIN = "remove it and its .json, and run the same command again"
+_OTHER = "remove the folder, or choose another"
+_MANIFEST = "manifest.json"
 
 
 def write_shards(
@@ -157,13 +160,20 @@ def write_shards(
         tick: called after each shard.
 
     Raises:
-        QklensError: the folder holds other activations (names both sides), a row that is not finite, or a full disk;
-            shards that are whole stay.
+        QklensError: the folder holds other activations (names both sides) or no activations at all, a row that is not
+            finite, or a full disk; shards that are whole stay.
     """
-    path = folder / "manifest.json"
-    if path.is_file():
-        differs(_read(Manifest, path), manifest, f"--cache {folder}")
-    elif ranks.first:
+    path = folder / _MANIFEST
+    begun = path.is_file()
+    if begun:
+        differs(read_record(Manifest, path, _OTHER), manifest, f"--cache {folder}")
+    elif (other := foreign_entry(folder, _MANIFEST)) is not None:
+        raise QklensError(
+            f"--cache {folder}: holds {other.name!r} and no {_MANIFEST}; expected a new or empty folder, or one that "
+            "an earlier --cache filled; choose another"
+        )
+    ranks.wait()
+    if ranks.first and not begun:
         write_json(path, manifest.model_dump(mode="json"))
     ranks.wait()
     for index in range(ranks.rank, manifest.shards, ranks.world):
@@ -219,14 +229,6 @@ def _write_shard(folder: Path, index: int, rows: Tensor) -> None:
     atomic_write(_shard(folder, index), data)
     mark = Mark(rows=len(rows), bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     write_json(_mark(folder, index), mark.model_dump(mode="json"))
-
-
-def _read(kind: type[_Record], path: Path) -> _Record:
-    try:
-        return kind.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise QklensError(f"{path}: key {'.'.join(map(str, first['loc']))!r}: {first['msg']}; {_AGAIN}") from error
 
 
 def _shard(folder: Path, index: int) -> Path:

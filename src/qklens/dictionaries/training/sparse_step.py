@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qklens.dictionaries.training.codes import Code, DenseCode, SparseCode, pairs_code
+from qklens.dictionaries.training.codes import DENSE_SHARE, Code, DenseCode, SparseCode, pairs_code
 from qklens.dictionaries.training.config import TrainingConfig
 from qklens.dictionaries.training.layout import Group, Layout
 from qklens.dictionaries.training.parallel import Ranks
@@ -221,7 +221,7 @@ class GradientMaker:
         before = torch.addmm(own.encoder_bias[features], read, own.encoder[features].T)
         sparse = topk_code(before, k)
         code: Code = sparse
-        if k * 16 > len(features):
+        if k > DENSE_SHARE * len(features):
             dense = torch.zeros_like(before)
             dense[sparse_rows(sparse), sparse.features] = sparse.values
             code = DenseCode(dense)

@@ -13,15 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qklens.dictionaries.training.buffer import ShuffleBuffer
-from qklens.dictionaries.training.checkpoint import load_checkpoint, save_checkpoint
+from qklens.dictionaries.training.checkpoint import Facts, load_checkpoint, save_checkpoint
 from qklens.dictionaries.training.config import TrainingConfig
 from qklens.dictionaries.training.layout import layout_of
 from qklens.dictionaries.training.learner import Learner, StepMetrics
+from qklens.dictionaries.training.memory import refuse_too_large
 from qklens.dictionaries.training.parallel import Ranks
 from qklens.dictionaries.training.rows import RowSource
 from qklens.dictionaries.training.shards import refuse_difference
 from qklens.errors import QklensError
-from qklens.files import atomic_write, read_json, write_json
+from qklens.files import atomic_write, foreign_entry, read_json, write_json
 
 Report = Callable[[int, dict[str, float]], None]
 """Called with the step and its metrics: loss, fvu, l0, dead."""
@@ -75,7 +76,7 @@ class Trainer:
 
         Raises:
             QklensError: the folder holds a run of another configuration, model or corpus (names both sides), a damaged
-                checkpoint, or rows that do not fit the kind.
+                checkpoint, rows that do not fit the kind, or more features than memory has room for.
         """
         self.config, self.keeping, self.ranks = config, keeping, ranks or Ranks()
         n_streams = layout_of(config, 1).n_streams
@@ -83,6 +84,7 @@ class Trainer:
             raise QklensError(f"rows have {source.width} columns; expected a multiple of {n_streams} streams")
         self.layout = layout_of(config, source.width // n_streams)
         self.device = torch.device(device)
+        refuse_too_large(config, self.layout, self.ranks.world, self.device)
         self.buffer = ShuffleBuffer(source, config.buffer_rows, config.seed)
         self._lines: list[str] = []
         found = None
@@ -125,30 +127,41 @@ class Trainer:
         self.learner = Learner(self.config, self.layout, bias.flatten(), self.ranks)
         self.learner.fit_encoders((rows[: self.config.batch] * self.scale[:, None]).flatten(1))
 
-    def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        self.scale = tensors["scale"].to(self.device)
-        self.learner = Learner(self.config, self.layout, tensors["weights.bias"].to(self.device), self.ranks)
-        self.learner.step, self.learner.threshold = facts["step"], facts["threshold"]
-        for name, weights in self.learner.weights.tensors().items():
-            weights.copy_(tensors[f"weights.{name}"])
-            self.learner.moments[name].mean.copy_(tensors[f"mean.{name}"])
-            self.learner.moments[name].square.copy_(tensors[f"square.{name}"])
-        for i, last in enumerate(self.learner.last_fired):
-            last.copy_(tensors[f"last_fired.{i}"])
-        self.buffer.restore({n.removeprefix("buffer."): t for n, t in tensors.items() if n.startswith("buffer.")})
-        self._lines = list(facts["metrics"])
+    def _restore(self, tensors: dict[str, Tensor], facts: Facts) -> None:
+        where = f"{self.keeping.folder / 'checkpoints'}" if self.keeping else "checkpoint"
+        # Drawn only to say which tensors there must be; every number of theirs is overwritten.
+        bias = torch.zeros(self.layout.width, device=self.device)
+        self.scale = torch.zeros(self.layout.n_streams, device=self.device)
+        self.learner = Learner(self.config, self.layout, bias, self.ranks)
+        self.learner.step, self.learner.threshold = facts.step, facts.threshold
+        for name, own in self._tensors().items():
+            found = tensors.get(name)
+            if found is None or (found.shape, found.dtype) != (own.shape, own.dtype):
+                said = "is missing" if found is None else f"is {tuple(found.shape)} {found.dtype}"
+                raise QklensError(
+                    f"{where}: tensor {name!r} {said}; expected {tuple(own.shape)} {own.dtype}: the checkpoint is of "
+                    f"another run; remove {where} to begin anew"
+                )
+            own.copy_(found)
+        self.buffer.restore(
+            {n.removeprefix("buffer."): t for n, t in tensors.items() if n.startswith("buffer.")}, where
+        )
+        self._lines = list(facts.metrics)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the buffer, by name."""
+        learner = self.learner
+        tensors = {"scale": self.scale}
+        for name, weights in learner.weights.tensors().items():
+            moments = learner.moments[name]
+            tensors |= {f"weights.{name}": weights, f"mean.{name}": moments.mean, f"square.{name}": moments.square}
+        return tensors | {f"last_fired.{i}": last for i, last in enumerate(learner.last_fired)}
 
     def _keep(self, keeping: Keeping) -> None:
         if self.ranks.first:
-            learner = self.learner
-            tensors = {"scale": self.scale}
-            for name, weights in learner.weights.tensors().items():
-                moments = learner.moments[name]
-                tensors |= {f"weights.{name}": weights, f"mean.{name}": moments.mean, f"square.{name}": moments.square}
-            tensors |= {f"last_fired.{i}": last for i, last in enumerate(learner.last_fired)}
-            tensors |= {f"buffer.{name}": tensor for name, tensor in self.buffer.state().items()}
-            facts = {"threshold": learner.threshold, "metrics": self._lines}
-            save_checkpoint(keeping.folder / "checkpoints", learner.step, tensors, facts)
+            tensors = self._tensors() | {f"buffer.{name}": tensor for name, tensor in self.buffer.state().items()}
+            facts = Facts(step=self.learner.step, threshold=self.learner.threshold, metrics=tuple(self._lines))
+            save_checkpoint(keeping.folder / "checkpoints", tensors, facts)
             atomic_write(keeping.folder / "metrics.jsonl", "".join(f"{line}\n" for line in self._lines))
         self.ranks.wait()
 
@@ -163,11 +176,19 @@ class Trainer:
         }
         self.ranks.wait()
         if path.is_file():
-            refuse_difference(read_json(path), identity, f"--out {keeping.folder}")
+            found = read_json(path)
+            if not isinstance(found, dict):
+                raise QklensError(
+                    f"{path}: holds a {type(found).__name__}; expected an object with what the run is of; remove "
+                    f"{keeping.folder} to begin anew"
+                )
+            refuse_difference(found, identity, f"--out {keeping.folder}")
         elif self.ranks.first:
-            # Names with a dot in front are what a run left that was killed while it wrote `run.json`.
-            if keeping.folder.is_dir() and any(not p.name.startswith(".") for p in keeping.folder.iterdir()):
-                raise QklensError(f"--out {keeping.folder}: is not empty and holds no run; choose another folder")
+            if (other := foreign_entry(keeping.folder, path.name)) is not None:
+                raise QklensError(
+                    f"--out {keeping.folder}: holds {other.name!r} and no run.json; expected a new or empty folder, or "
+                    "a run to go on with; choose another"
+                )
             write_json(path, identity)
         self.ranks.wait()
 

@@ -15,7 +15,7 @@ from qklens.data.items import SHIPPED, load_dataset
 from qklens.dictionaries.config import Fidelity
 from qklens.dictionaries.directions import Directions
 from qklens.dictionaries.source import feature_index
-from qklens.files import sha256_files, write_json
+from qklens.files import check_folder, sha256_files, write_json
 from qklens.interventions.steer import Head
 from qklens.models.loading import inspect_model, load_subject
 from qklens.models.subject import Subject
@@ -37,7 +37,7 @@ from qklens.studies.harm_pressure import (
     verdict,
     zscores,
 )
-from qklens.studies.journal import Journal, StageOutput, check_folder
+from qklens.studies.journal import Journal, StageOutput
 from qklens.studies.lab import Lab
 from qklens.studies.opening import load_source, open_lab, threads_for, use_source
 from qklens.studies.progress import StageProgress
@@ -165,7 +165,7 @@ def run_study(
     Raises:
         QklensError: bad input of any kind; nothing is half-written.
     """
-    check_folder(config.out)
+    check_folder(config.out, "--out")
     resources = resolve(config)
     lab = open_lab(config)
     subject = lab.subject
