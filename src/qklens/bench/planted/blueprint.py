@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qklens.studies import results
+
 Amounts = dict[str, float]
 """Directions by name, with an amount or weight each."""
 
@@ -32,15 +34,7 @@ ROLE_DIRECTIONS = {
 Part = Literal[
     "match", "letter", "refuse", "need", "harm", "belief", "unneed", "select", "relay", "late", "decoy", "idle"
 ]
-Verdict = Literal[
-    "task_not_solved",
-    "no_effect",
-    "belief_change",
-    "late_flip",
-    "attention_answer_key",
-    "attention_harm_key",
-    "undetermined",
-]
+Verdict = results.Mechanism
 Mechanism = Literal[
     "no_effect",
     "task_not_solved",
