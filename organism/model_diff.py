@@ -36,7 +36,8 @@ from organism.dictionary import sequences
 from organism.model_diff_figure import draw
 from organism.recipe import RECIPE
 from organism.train import DATA, OUT
-from qklens.dictionaries.model_diff import SIDES, ModelDiff
+from qklens.dictionaries.config import SIDES
+from qklens.dictionaries.model_diff import ModelDiff
 from qklens.dictionaries.source import fraction_variance_unexplained
 from qklens.dictionaries.training.config import TrainingConfig
 from qklens.dictionaries.training.finish import as_model_diff

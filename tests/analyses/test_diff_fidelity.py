@@ -19,6 +19,7 @@ from qklens.models.sites import capture
 from qklens.models.subject import Subject
 from qklens.studies.resources import organism_folder
 
+SITE = "resid_pre.2"
 LAYER, SIZES = 2, {"base": 0.7, "chat": 0.9}
 
 
@@ -64,7 +65,7 @@ def test_each_side_is_what_its_own_dictionary_leaves_in_its_own_model(
     models: dict[str, Subject], sequences: list[list[int]]
 ) -> None:
     width = models["chat"].d_model
-    found = measure_diff_fidelity(models["base"], models["chat"], together(width), sequences)
+    found = measure_diff_fidelity(models["base"], models["chat"], together(width), torch.tensor([1.0, 3.0]), sequences)
     expected = {side: measure_fidelity(models[side], alone(side, width), sequences) for side in SIZES}
     assert found.l0 == pytest.approx(sum(one.l0[LAYER] for one in expected.values()), rel=1e-5)
     for side, one in expected.items():
@@ -74,6 +75,9 @@ def test_each_side_is_what_its_own_dictionary_leaves_in_its_own_model(
         recovered = one.loss_recovered[LAYER]
         assert recovered is not None
         assert found.loss_recovered[side] == pytest.approx(recovered, abs=1e-5)
+        rows = torch.cat([capture(models[side], models[side].batch([s]), [SITE])[SITE][0, 1:] for s in sequences])
+        factor = {"base": 1.0, "chat": 3.0}[side]
+        assert found.mean_square[side] == pytest.approx(float((factor * rows).square().mean()), rel=1e-4)
     assert found.loss_recovered["base"] != pytest.approx(found.loss_recovered["chat"], abs=1e-3)
 
 
@@ -97,4 +101,4 @@ def test_fixed_tokens_are_the_middle_ones_whatever_the_batches(
 
 def test_nothing_to_measure_on_is_refused(models: dict[str, Subject]) -> None:
     with pytest.raises(QklensError, match="at least one sequence of two tokens"):
-        measure_diff_fidelity(models["base"], models["chat"], together(models["chat"].d_model), [[5]])
+        measure_diff_fidelity(models["base"], models["chat"], together(models["chat"].d_model), torch.ones(2), [[5]])

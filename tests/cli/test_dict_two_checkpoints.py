@@ -49,7 +49,7 @@ def diff(model: Path, base: Path, tmp_path: Path) -> Path:
     )  # fmt: skip
     zeros = torch.zeros(2 * OWN), torch.zeros(2, WIDTH)
     folder = tmp_path / "diff"
-    save_model_diff(ModelDiff(config, sides, zeros[0], sides.clone(), zeros[1], torch.ones(2)), folder)
+    save_model_diff(ModelDiff(config, sides, zeros[0], sides.clone(), zeros[1], torch.full((2,), 0.4)), folder)
     return folder
 
 
@@ -80,11 +80,28 @@ def test_it_is_measured_in_both_models_recorded_and_held_to_the_record(
         assert share is None or share == pytest.approx(1, abs=1e-3)
     assert "resid_pre of base" in qklens(*check).out
 
+    edit_tensors(diff / "dictionary.safetensors", lambda t: t["scale"][1].mul_(1.01))
+    assert "the scaled stream's mean square at resid_pre of chat is" in qklens(*check).refused()
+    edit_tensors(diff / "dictionary.safetensors", lambda t: t["scale"][1].fill_(40))
+    edit_json(diff / "dictionary.json", batch=None, fidelity=None)
+    for asked in (check, ("dict", "show", diff, "L1/3", *check[3:])):
+        assert "resid_pre of chat has mean square" in qklens(*asked).refused()
+
+
+def test_weights_that_are_off_are_refused(
+    qklens: Callable[..., Any], model: Path, base: Path, diff: Path, asked: tuple[object, ...]
+) -> None:
+    check = ("dict", "check", diff, "--model", model, "--base-model", base)
+    assert "recorded, with the batch" in qklens(*check, "--record").out
     edit_tensors(diff / "dictionary.safetensors", lambda t: t["decoder"][0].mul_(1.05))
     assert "the fraction of variance unexplained at resid_pre of base is" in qklens(*check).refused()
     edit_tensors(diff / "dictionary.safetensors", lambda t: t["decoder"][0].div_(1.05))
     edit_tensors(diff / "dictionary.safetensors", lambda t: t["encoder"].mul_(1.02))
     assert "on its recorded batch the dictionary does not do what it did" in qklens(*check).refused()
+    edit_json(diff / "dictionary.json", batch=None, fidelity=None)
+    edit_tensors(diff / "dictionary.safetensors", lambda t: t["decoder"].mul_(-5))
+    show = ("dict", "show", diff, "L1/3", *check[3:], *asked)
+    assert "of the variance of resid_pre of base unexplained" in qklens(*show).refused()
 
 
 def test_a_feature_s_card_is_that_of_its_own_model(

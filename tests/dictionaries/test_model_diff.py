@@ -31,7 +31,11 @@ def made(activation: Activation | None = None) -> ModelDiff:
     config = ModelDiffConfig(
         name="diff", layer=2, features=FEATURES, d_model=WIDTH, activation=chosen, site="resid_pre",
         base_sha256="ab", chat_sha256="cd", training={"k": 3},
-        fidelity=DiffFidelity(l0=2.0, fraction_variance_unexplained={"base": 0.1, "chat": 0.2}),
+        fidelity=DiffFidelity(
+            l0=2.0,
+            fraction_variance_unexplained={"base": 0.1, "chat": 0.2},
+            mean_square={"base": 1.0, "chat": 1.0},
+        ),
     )  # fmt: skip
     encoder, decoder = (torch.randn(2, FEATURES, WIDTH, generator=draw) for _ in range(2))
     bias, at = torch.randn(FEATURES, generator=draw), torch.randn(2, WIDTH, generator=draw)
@@ -122,6 +126,9 @@ def test_tied_weights_are_stored_twice(tmp_path: Path) -> None:
     assert torch.equal(load_model_diff(tmp_path).decoder, diff.encoder)
 
 
+GOOD = {"l0": 1, "fraction_variance_unexplained": {"base": 0.1, "chat": 0.2}}
+
+
 def cut(folder: Path) -> None:
     path = folder / "dictionary.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
@@ -134,10 +141,19 @@ def cut(folder: Path) -> None:
         (lambda f: (f / "dictionary.safetensors").unlink(), "dictionary.safetensors: damaged"),
         (lambda f: (f / "dictionary.json").unlink(), "dictionary.json"),
         (lambda f: edit_json(f / "dictionary.json", format="qklens-dictionary-2"), "dictionary.json: key 'format'"),
-        (lambda f: edit_json(f / "dictionary.json", featurs=3), "dictionary.json: key 'featurs'"),
+        (lambda f: edit_json(f / "dictionary.json", featurs=3), "key 'featurs': .* did you mean 'features'"),
         (lambda f: edit_json(f / "dictionary.json", features=7), r"'encoder' has shape \(2, 6, 4\), expected \(2, 7"),
         (lambda f: edit_tensors(f / "dictionary.safetensors", lambda t: t.pop("scale")), "tensor 'scale' is missing"),
         (lambda f: edit_tensors(f / "dictionary.safetensors", lambda t: t["scale"].fill_(math.nan)), "scale' holds"),
+        (lambda f: edit_tensors(f / "dictionary.safetensors", lambda t: t["scale"].fill_(-3)), "'scale' holds -3; exp"),
+        (
+            lambda f: edit_json(f / "dictionary.json", fidelity={**GOOD, "mean_square": {"chta": 1}}),
+            "key 'fidelity.mean_square.chta",
+        ),
+        (
+            lambda f: edit_json(f / "dictionary.json", fidelity={**GOOD, "mean_square": {"chat": 1}}),
+            "key 'fidelity': .*mean_square of base is missing",
+        ),
     ],
 )  # fmt: skip
 def test_a_damaged_directory_is_refused(tmp_path: Path, damage: Callable[[Path], None], said: str) -> None:

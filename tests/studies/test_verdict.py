@@ -84,8 +84,9 @@ CAUSES = Causes(
     attention_kept=0.0,
     query_added=0.95,
     query_need=0.0,
+    query_pull=-3.0,
     origin=[(1, 7)],
-    removal={"answer_key": 0.1, "harm_key": 0.7, "key_only": 0.1, "elsewhere": 0.0, "intent_key": 0.0},
+    removal={"answer_key": 0.1, "harm_key": 0.9, "key_only": 0.0, "elsewhere": 0.0, "intent_key": 0.0},
 )
 ATTENTION = Measurements(
     behaviour={"none": condition(1.0, 5.0), "harm": condition(0.48, 0.0), "benign": condition(0.98, 4.8)},
@@ -168,10 +169,32 @@ def test_neither_kind_of_key_means_undetermined():
 
 
 def test_what_harm_wrote_into_keys_counts_only_where_the_pressed_query_meets_it():
-    assert decide(removed(answer_key=0.3, harm_key=0.55, key_only=0.15)).mechanism == "attention_harm_key"
+    assert decide(removed(answer_key=0.15, harm_key=0.7, key_only=0.15)).mechanism == "attention_harm_key"
     for met in (0.0, 0.2, 0.45):
         verdict = decide(removed(answer_key=0.1, harm_key=met, key_only=0.9 - met))
         assert verdict.mechanism == "undetermined"
+
+
+def test_two_kinds_of_keys_that_share_the_loss_are_undetermined():
+    for answer in (0.4, 0.5, 0.6):
+        assert decide(removed(answer_key=answer, harm_key=1 - answer)).mechanism == "undetermined"
+
+
+def test_a_query_that_draws_the_heads_elsewhere_repels_no_key():
+    verdict = decide(causes(query_pull=2.0))
+    assert verdict.mechanism == "undetermined"
+    assert "does not repel" in verdict.rule
+
+
+def test_a_margin_that_comes_back_without_its_answers_is_no_attention_verdict():
+    """A letter bias cancels in the mean margin over both orders, and costs every second answer."""
+    assert ATTENTION.heads is not None
+    for accuracy in (0.48, 0.6, 0.8):
+        patched = replace(ATTENTION, heads=ATTENTION.heads.model_copy(update={"patched_accuracy": accuracy}))
+        assert decide(patched).mechanism == "undetermined"
+    whole = replace(ATTENTION, behaviour={**ATTENTION.behaviour, "harm": condition(1.0, 2.0)})
+    patched = replace(whole, heads=ATTENTION.heads.model_copy(update={"patched_accuracy": 0.99}))
+    assert decide(patched).mechanism == "attention_harm_key"
 
 
 def test_harm_that_the_ordinary_query_meets_is_no_pressure_feature():
@@ -213,8 +236,9 @@ def test_the_distance_grows_with_the_evidence_and_confidence_is_what_the_bench_s
 def test_the_distance_is_that_of_the_check_nearest_to_failing_in_typical_errors():
     assert decide(causes(query_added=0.7)).distance == pytest.approx((0.7 - 2 / 3) / 0.2, abs=1e-3)
     assert decide(causes(query_need=0.3)).distance == pytest.approx((1 / 3 - 0.3) / 0.2, abs=1e-3)
-    assert decide(removed(answer_key=0.4, harm_key=0.6)).distance == pytest.approx(0.5, abs=1e-3)
-    assert decide(removed(answer_key=0.1, elsewhere=0.9)).distance == pytest.approx(2.0, abs=1e-3)
+    assert decide(removed(answer_key=0.3, harm_key=0.7)).distance == pytest.approx((0.7 - 2 / 3) / 0.2, abs=1e-3)
+    assert decide(causes(query_pull=-0.4)).distance == pytest.approx(0.4, abs=1e-3)
+    assert decide(removed(answer_key=0.1, elsewhere=0.9)).distance == pytest.approx((2 / 3 - 0.1) / 0.2, abs=1e-3)
     assert decide(causes(LATE, late_restored=0.5)).distance == pytest.approx((2 / 3 - 0.5) / 0.2, abs=1e-3)
 
 
@@ -246,7 +270,13 @@ EDGES = {
     "random_heads": ("attention_harm_key", lambda x: replace(ATTENTION, heads=heads(0.9, random=x)), -1),
     "carries of what harm adds to the queries": ("attention_harm_key", lambda x: causes(query_added=x), 1),
     "carries_not of the queries' need": ("attention_harm_key", lambda x: causes(query_need=x), -1),
-    "majority": ("attention_answer_key", lambda x: removed(answer_key=x, elsewhere=1 - x), 1),
+    "repelled": ("attention_harm_key", lambda x: causes(query_pull=x), -1),
+    "carries of the answers": (
+        "attention_harm_key",
+        lambda x: replace(ATTENTION, heads=ATTENTION.heads.model_copy(update={"patched_accuracy": 0.48 + x * 0.52})),
+        1,
+    ),
+    "carries of one kind of keys": ("attention_answer_key", lambda x: removed(answer_key=x, elsewhere=1 - x), 1),
     "carries of the belief": ("belief_change", lambda x: causes(belief=share(x), separation_kept=0.0), 1),
     "carries of the patterns": ("attention_harm_key", lambda x: causes(pattern=share(x)), 1),
     "carries of what is written later": ("late_flip", lambda x: causes(LATE, late_restored=x), 1),

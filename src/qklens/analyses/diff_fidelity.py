@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxtyping import Float
 from torch import Tensor
 
 from qklens.analyses.fidelity import next_token_loss, replacer
-from qklens.dictionaries.config import DiffFidelity
-from qklens.dictionaries.model_diff import SIDES
+from qklens.dictionaries.config import SIDES, Checkpoint, DiffFidelity
 from qklens.dictionaries.source import FeatureSource, fraction_variance_unexplained
 from qklens.dictionaries.training.harvest import after_first, batches_by_length, side_by_side
 from qklens.errors import QklensError
@@ -22,7 +22,13 @@ from qklens.models.subject import Subject
 
 
 def measure_diff_fidelity(
-    base: Subject, chat: Subject, source: FeatureSource, sequences: Sequence[Sequence[int]], *, losses: bool = True
+    base: Subject,
+    chat: Subject,
+    source: FeatureSource,
+    scale: Float[Tensor, " side"],
+    sequences: Sequence[Sequence[int]],
+    *,
+    losses: bool = True,
 ) -> DiffFidelity:
     """Measure a source of both streams side by side, a `ModelDiff` or its control, on token sequences.
 
@@ -30,6 +36,7 @@ def measure_diff_fidelity(
         base: the model whose stream comes first.
         chat: the other.
         source: what stands in for their streams, at one layer.
+        scale: by which each stream was multiplied in training.
         sequences: token ids.
         losses: whether loss recovered is measured too, which takes three passes of each model more.
 
@@ -43,14 +50,17 @@ def measure_diff_fidelity(
     rows = side_by_side([base, chat], usable, (layer,))[layer].to(base.device)
     activations = source.encode(layer, lambda _: rows)
     error = source.error(layer, lambda _: rows, activations)
-    unexplained: dict[str, float] = {}
-    recovered: dict[str, float | None] = {}
-    for side, subject, x, left in zip(SIDES, (base, chat), rows.chunk(2, 1), error.chunk(2, 1), strict=True):
+    unexplained: dict[Checkpoint, float] = {}
+    squares: dict[Checkpoint, float] = {}
+    recovered: dict[Checkpoint, float | None] = {}
+    streams = zip(SIDES, (base, chat), rows.chunk(2, 1), error.chunk(2, 1), scale.tolist(), strict=True)
+    for side, subject, x, left, factor in streams:
+        squares[side] = factor**2 * float(x.double().pow(2).mean())
         unexplained[side] = fraction_variance_unexplained(x, left)
         if losses:
             recovered[side] = _recovered(subject, layer, usable, x, x - left)
     l0 = float((activations != 0).float().sum(dim=1).mean())
-    return DiffFidelity(l0=l0, fraction_variance_unexplained=unexplained, loss_recovered=recovered)
+    return DiffFidelity(l0=l0, fraction_variance_unexplained=unexplained, mean_square=squares, loss_recovered=recovered)
 
 
 def _recovered(

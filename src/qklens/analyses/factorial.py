@@ -6,12 +6,12 @@ token the two prompts share (the question, the options, what follows):
     u_h(j) = c ⟨R_p (q_b + Δq), R_j (k_b + Δk)⟩
            = ordinary            q_b · k_b
            + key_only            q_b · Δk     the keys look different to an unchanged query
-           + answer_key          Δq · k_b     the pressed query meets the options' keys that were there anyway
-           + harm_key            Δq · Δk      the pressed query meets what pressure wrote into keys
-           + elsewhere           Δq · k_b     the same at tokens that are not options
+           + answer_key          Δq · k_b     the pressed query meets the correct option's keys that were there anyway
+           + harm_key            Δq · Δk      the pressed query meets what pressure wrote into these keys
+           + elsewhere           Δq · k_h     the pressed query at all other tokens, the incorrect option's too
 
-At the sentence itself, which has no twin token by token, `elsewhere` is Δq · k_h, and `intent_key` is the rise of the
-logsumexp of its scores for the ordinary query.
+At the sentence itself, which has no twin token by token, `intent_key` is the rise of the logsumexp of its scores for
+the ordinary query.
 
 This needs no dictionary and no rotary approximation. Any set of terms can be taken out of the scores of the real run (a
 score shift before softmax). Softmax makes terms stand in for one another, so one term's part is its Shapley value: the
@@ -63,8 +63,8 @@ def factorial_terms(
     n = len(harm.tokens)
     shared = shared_tokens(harm, benign)
     k_b[shared[:, 0]] = k_calm[shared[:, 1]]
-    options, intent = torch.zeros(2, n, dtype=torch.bool, device=k_h.device)
-    options[[*harm.span("correct"), *harm.span("incorrect")]] = True
+    correct, intent = torch.zeros(2, n, dtype=torch.bool, device=k_h.device)
+    correct[list(harm.span("correct"))] = True
     intent[list(harm.span("intent"))] = True
     turn = rotation(subject, layer, torch.arange(n))
     answer = harm.spans["answer"][0]
@@ -78,10 +78,10 @@ def factorial_terms(
     calm_intent = maps.scale * (calm_turn(k_calm)[there] @ calm_turn.at(benign.spans["answer"][0])(q_b))
     rise = scores(q_b, k_h)[intent].logsumexp(dim=0) - calm_intent.logsumexp(dim=0)
     return {
-        "answer_key": torch.where(options, scores(change, k_b), 0.0),
-        "harm_key": scores(change, k_h - k_b),
+        "answer_key": torch.where(correct, scores(change, k_b), 0.0),
+        "harm_key": torch.where(correct, scores(change, k_h - k_b), 0.0),
         "key_only": scores(q_b, k_h - k_b),
-        "elsewhere": torch.where(options, 0.0, scores(change, k_b)),
+        "elsewhere": torch.where(correct, 0.0, scores(change, k_h)),
         "intent_key": torch.where(intent, rise, 0.0),
     }
 

@@ -173,9 +173,11 @@ def query_shifts(
     harm: tuple[Sequence[Prompt], Sequence[dict[int, Tensor]]],
     calm: tuple[Sequence[Prompt], Sequence[dict[int, Tensor]]],
 ) -> tuple[StreamShift, StreamShift]:
-    """Give heads' queries at the answer what they had without harm: along the call for an answer, and all the rest.
+    """Give heads' queries at the answer what they had without harm: along the call for an answer, and across it.
 
-    δ = x_calm − x_harm at the answer, in resid_pre of the heads' layers; (⟨δ, w⟩ / ⟨w, w⟩) w and what is left of δ.
+    δ = x_calm − x_harm at the answer, in resid_pre of the heads' layers. Along: (⟨δ, w⟩ / ⟨w, w⟩) w, each prompt its
+    own. Across: what is left of the mean δ over prompts, the same for all of them. A feature that harm adds is common
+    to all items and orders; a letter that was turned before these heads read it is not.
 
     Args:
         heads: whose queries read it; their keys and all else stay as they are.
@@ -187,20 +189,30 @@ def query_shifts(
         The shift along w, and the shift across it.
     """
     shifts: tuple[dict[int, list[Tensor]], ...] = ({layer: [] for layer in need}, {layer: [] for layer in need})
+    mean = {
+        layer: torch.stack(
+            [
+                clean[layer][other.spans["answer"][0]] - pressed[layer][prompt.spans["answer"][0]]
+                for prompt, pressed, other, clean in zip(*harm, *calm, strict=True)
+            ]
+        ).mean(dim=0)
+        for layer in need
+    }
+    across = {layer: mean[layer] - (mean[layer] @ w) / w.pow(2).sum() * w for layer, w in need.items()}
     for prompt, pressed, other, clean in zip(*harm, *calm, strict=True):
         at, there = prompt.spans["answer"][0], other.spans["answer"][0]
         for layer, w in need.items():
-            change = clean[layer][there] - pressed[layer][at]
-            along = (change @ w) / w.pow(2).sum() * w
-            for mine, part in zip(shifts, (along, change - along), strict=True):
+            own = clean[layer][there] - pressed[layer][at]
+            along = (own @ w) / w.pow(2).sum() * w
+            for mine, part in zip(shifts, (along, across[layer]), strict=True):
                 rows = torch.zeros_like(pressed[layer])
                 rows[at] = part
                 mine[layer].append(rows)
-    along, across = (
+    first, second = (
         StreamShift(label, mine, tuple(heads), "query", ("answer",))
-        for label, mine in zip(("need answer given back", "all else given back"), shifts, strict=True)
+        for label, mine in zip(("need answer given back", "what harm adds taken out"), shifts, strict=True)
     )
-    return along, across
+    return first, second
 
 
 def late_restored(

@@ -7,6 +7,7 @@ activations at a few of the tokens (`peaks`).
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,6 +24,7 @@ from qklens.errors import QklensError
 from qklens.files import atomic_write
 
 _FEATURE, _ACTIVATION = "peak_feature", "peak_activation"
+_PEAK_NAME = re.compile(rf"{_FEATURE}\.([0-9]{{1,6}})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,16 @@ def load_batch(folder: Path, batch: Batch, vocabulary: int) -> RecordedBatch:
     held = [stored.get(name) for name in ("tokens", "lengths")]
     if any(tensor is None or tensor.dtype != torch.int32 or tensor.dim() != 1 for tensor in held):
         raise QklensError(f"{path}: expected tensors 'tokens' and 'lengths' of whole numbers; copy it again")
-    features = {int(name.partition(".")[2]): name for name in stored if name.startswith(f"{_FEATURE}.")}
+    features = {int(found[1]): name for name in stored if (found := _PEAK_NAME.fullmatch(name))}
+    kinds = {f"{_FEATURE}.{layer}": torch.int32 for layer in features} | {
+        f"{_ACTIVATION}.{layer}": torch.float32 for layer in features
+    }
+    for name in {*stored, *kinds} - {"tokens", "lengths"}:
+        if name not in stored or name not in kinds or stored[name].dtype != kinds[name] or stored[name].dim() != 2:
+            raise QklensError(
+                f"{path}: tensor {name!r} is unknown, missing or of another kind; expected '{_FEATURE}.L' of int32 and "
+                f"'{_ACTIVATION}.L' of float32 for each layer L; copy it again"
+            )
     if not features:
         raise QklensError(
             f"{path}: holds no activations at fixed tokens; set 'batch' and 'fidelity' to null in {CONFIG_FILE}, and "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 
 from qklens.dictionaries.activation import Activation
 from qklens.errors import QklensError, nearest
@@ -17,6 +17,8 @@ FORMAT = "qklens-dictionary-2"
 TWO_CHECKPOINTS = "qklens-model-diff-1"
 """The format of `model_diff`."""
 FIGURES = ("l0", "fraction_variance_unexplained", "loss_recovered")
+MEAN_SQUARE = "mean_square"
+"""Of two checkpoints alone."""
 
 
 Figures = dict[str, dict[str, float | None]]
@@ -38,23 +40,37 @@ class Fidelity(Strict):
         }
 
 
+Checkpoint = Literal["base", "chat"]
+SIDES: tuple[Checkpoint, ...] = get_args(Checkpoint)
+
+
 class DiffFidelity(Strict):
     """Quality of a crosscoder over two checkpoints.
 
     Attributes:
         l0: active features a token.
         fraction_variance_unexplained: by side.
+        mean_square: of each side's stream times its scale, about 1: what norms in the two are compared by.
         loss_recovered: by side, each in its own model.
     """
 
     l0: float
-    fraction_variance_unexplained: dict[str, float]
-    loss_recovered: dict[str, float | None] = Field(default_factory=dict)
+    fraction_variance_unexplained: dict[Checkpoint, float]
+    mean_square: dict[Checkpoint, float]
+    loss_recovered: dict[Checkpoint, float | None] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _both_sides(self) -> DiffFidelity:
+        for name in ("fraction_variance_unexplained", "mean_square"):
+            missing = [side for side in SIDES if side not in getattr(self, name)]
+            if missing:
+                raise ValueError(f"{name} of {missing[0]} is missing")
+        return self
 
     def by_site(self) -> Figures:
         """The same by checkpoint."""
-        sides: Figures = {f"resid_pre of {side}": {"l0": self.l0} for side in self.fraction_variance_unexplained}
-        for name in FIGURES[1:]:
+        sides: Figures = {f"resid_pre of {side}": {"l0": self.l0} for side in SIDES}
+        for name in (*FIGURES[1:], MEAN_SQUARE):
             for side, value in getattr(self, name).items():
                 sides[f"resid_pre of {side}"][name] = value
         return sides
@@ -70,7 +86,7 @@ class Tolerance(Strict):
 
     Attributes:
         l0: share of the recorded L0.
-        fraction_variance_unexplained: share of the recorded one.
+        fraction_variance_unexplained: share of the recorded one, and of a scaled stream's mean square.
         loss_recovered: difference.
         activation: share of the largest activation at a token.
     """
@@ -159,6 +175,29 @@ def over_two_checkpoints(folder: Path) -> bool:
     return isinstance(content, dict) and content.get("format") == TWO_CHECKPOINTS
 
 
+Config = TypeVar("Config", bound=Strict)
+
+
+def validated(kind: type[Config], path: Path) -> Config:
+    """A configuration file as what it should be.
+
+    Raises:
+        QklensError: names the key that is unknown (with the nearest), missing or wrong.
+    """
+    content = read_json(path)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = first_complaint(error)
+        place = list(map(str, first["loc"]))
+        if place[:1] == ["activation"]:
+            del place[1:2]  # which of the activation functions, as pydantic counts them
+        known = [*kind.model_fields, *Source.model_fields, *Batch.model_fields, "k", "threshold"]
+        hint = nearest(place[-1], known) if first["type"] == "extra_forbidden" else ""
+        key = ".".join(place)
+        raise QklensError(f"{path}: key {key!r}: {first['msg']}{hint}") from error
+
+
 def read_config(folder: Path) -> DictionaryConfig:
     """The configuration of a dictionary directory, which holds both files.
 
@@ -171,23 +210,12 @@ def read_config(folder: Path) -> DictionaryConfig:
                 f"{folder / name}: no such file; expected a dictionary written by qklens, or 'directions'"
             )
     path = folder / CONFIG_FILE
-    content = read_json(path)
     if over_two_checkpoints(folder):
         raise QklensError(
             f"{path}: is a crosscoder over two checkpoints, which needs the streams of both; expected a dictionary of "
             "one model; `qklens dict check` and `dict show` read it with --base-model B, where B is the other model"
         )
-    try:
-        config = DictionaryConfig.model_validate(content)
-    except ValidationError as error:
-        first = first_complaint(error)
-        place = list(map(str, first["loc"]))
-        if place[:1] == ["activation"]:
-            del place[1:2]  # which of the activation functions, as pydantic counts them
-        known = [*DictionaryConfig.model_fields, *Source.model_fields, *Batch.model_fields, "k", "threshold"]
-        hint = nearest(place[-1], known) if first["type"] == "extra_forbidden" else ""
-        key = ".".join(place)
-        raise QklensError(f"{path}: key {key!r}: {first['msg']}{hint}") from error
+    config = validated(DictionaryConfig, path)
     if not config.layers or list(config.layers) != sorted(set(config.layers)):
         raise QklensError(f"{path}: layers are {list(config.layers)}; expected distinct layers in rising order")
     if config.batch is not None and config.fidelity is None:

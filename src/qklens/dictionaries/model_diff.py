@@ -19,20 +19,18 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import PositiveInt, ValidationError
+from pydantic import PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from qklens.dictionaries.activation import Activation, JumpRelu, activate
-from qklens.dictionaries.config import CONFIG_FILE, TWO_CHECKPOINTS, WEIGHTS_FILE, Batch, DiffFidelity
+from qklens.dictionaries.config import CONFIG_FILE, TWO_CHECKPOINTS, WEIGHTS_FILE, Batch, DiffFidelity, validated
 from qklens.dictionaries.source import ErrorByDecoding, Stream, at_least_float32, check_layer, dense_decode
 from qklens.dictionaries.stored import as_float32
 from qklens.errors import QklensError
-from qklens.files import atomic_write, read_json, sha256_files, write_json
-from qklens.strict import Strict, first_complaint
-
-SIDES = ("base", "chat")
+from qklens.files import atomic_write, sha256_files, write_json
+from qklens.strict import Strict
 
 
 class ModelDiffConfig(Strict):
@@ -178,15 +176,9 @@ def load_model_diff(folder: Path, device: torch.device | str = "cpu") -> ModelDi
         QklensError: a missing or damaged file, another format, an unknown key, a missing tensor or a wrong shape.
     """
     path = folder / WEIGHTS_FILE
+    config = validated(ModelDiffConfig, folder / CONFIG_FILE)
     try:
-        config = ModelDiffConfig.model_validate(read_json(folder / CONFIG_FILE))
         tensors = load_file(path)
-    except ValidationError as error:
-        first = first_complaint(error)
-        key = ".".join(map(str, first["loc"]))
-        raise QklensError(
-            f"{folder / CONFIG_FILE}: key {key!r}: {first['msg']}; expected {TWO_CHECKPOINTS!r}"
-        ) from error
     except (SafetensorError, OSError) as error:
         raise QklensError(f"{path}: damaged ({error}); copy it again") from error
     n, width = config.features, config.d_model
@@ -201,13 +193,16 @@ def load_model_diff(folder: Path, device: torch.device | str = "cpu") -> ModelDi
             raise QklensError(f"{path}: tensor {name!r} holds NaN or infinity; copy it again")
         return tensor.to(device)
 
+    scale = take("scale", 2)
+    if bool((scale <= 0).any()):
+        raise QklensError(f"{path}: tensor 'scale' holds {float(scale.min()):g}; expected two positive numbers")
     return ModelDiff(
         config=config,
         encoder=take("encoder", 2, n, width),
         encoder_bias=take("encoder_bias", n),
         decoder=take("decoder", 2, n, width),
         decoder_bias=take("decoder_bias", 2, width),
-        scale=take("scale", 2),
+        scale=scale,
         thresholds=take("threshold", n) if isinstance(config.activation, JumpRelu) else None,
         sha256=sha256_files([folder / CONFIG_FILE, path]),
     )

@@ -16,6 +16,8 @@ from qklens.analyses.fidelity import measure_fidelity
 from qklens.data.render import CONDITIONS
 from qklens.dictionaries.config import (
     CONFIG_FILE,
+    MEAN_SQUARE,
+    SIDES,
     DictionaryConfig,
     DiffFidelity,
     Fidelity,
@@ -24,7 +26,7 @@ from qklens.dictionaries.config import (
 )
 from qklens.dictionaries.crosscoder import Crosscoder
 from qklens.dictionaries.formats.detect import load_dictionary
-from qklens.dictionaries.model_diff import SIDES, ModelDiff, ModelDiffConfig, load_model_diff
+from qklens.dictionaries.model_diff import ModelDiff, ModelDiffConfig, load_model_diff
 from qklens.dictionaries.training.harvest import check_pair
 from qklens.errors import QklensError
 from qklens.models.subject import Subject
@@ -37,6 +39,8 @@ CARD_FACTOR, CARD_SLACK = 2.0, 0.05
 L0_FACTOR = 2.0
 """How far L0 on other text may lie from the card's. The organism's is 0.88 to 0.98 of its record on the study's prompts
 and on the neutral text, and 2.2 to 3.1 of it in another model (its base)."""
+SQUARE_FACTOR = 4.0
+"""How far from 1 the mean square of a stream may lie, times the scale that made it 1 in training, on other text."""
 PROMPTS = 96
 """How many of the run's prompts fidelity is measured on, spread over conditions; it takes two passes a layer."""
 
@@ -167,6 +171,12 @@ def refuse_unlike_card(
             raise QklensError(
                 f"{folder}: leaves {fvu:.2f} of the variance of {site} unexplained on {on}, {says}; expected at most "
                 f"{limit:.2f}: it is for another model, layer or site, or for other text"
+            )
+        square = now.get(MEAN_SQUARE, 1.0)
+        if square is None or not 1 / SQUARE_FACTOR <= square <= SQUARE_FACTOR:
+            raise QklensError(
+                f"{folder}: times its scale {site} has mean square {square:.3g} on {on}, expected about 1: norms in "
+                "the two checkpoints cannot be compared by these scales"
             )
         # On its recorded batch it has done what it did; L0 on other text then says nothing of the dictionary.
         promised, l0 = stated.get(site, {}).get("l0") if config.batch is None else None, now["l0"]

@@ -17,7 +17,16 @@ from qklens.analyses.diff_fidelity import measure_diff_fidelity
 from qklens.analyses.fidelity import measure_fidelity
 from qklens.analyses.fixed_tokens import activations_at_fixed_tokens
 from qklens.dictionaries.batch_file import RecordedBatch, load_batch, save_batch
-from qklens.dictionaries.config import CONFIG_FILE, FIGURES, HALF, DiffFidelity, Fidelity, Tolerance, tolerance_in
+from qklens.dictionaries.config import (
+    CONFIG_FILE,
+    FIGURES,
+    HALF,
+    MEAN_SQUARE,
+    DiffFidelity,
+    Fidelity,
+    Tolerance,
+    tolerance_in,
+)
 from qklens.dictionaries.crosscoder import Crosscoder
 from qklens.dictionaries.model_diff import ModelDiff
 from qklens.dictionaries.peaks import find_peaks, peak_change
@@ -27,7 +36,11 @@ from qklens.models.subject import Subject
 
 AnyDictionary = TypeVar("AnyDictionary", bound=Crosscoder | ModelDiff)
 NAMES: dict[str, str] = dict(
-    zip(FIGURES, ("L0", "the fraction of variance unexplained", "loss recovered"), strict=True)
+    zip(
+        (*FIGURES, MEAN_SQUARE),
+        ("L0", "the fraction of variance unexplained", "loss recovered", "the scaled stream's mean square"),
+        strict=True,
+    )
 )
 _NOISE = 1e-6
 """Variance unexplained below which a share of it says nothing."""
@@ -43,7 +56,7 @@ def fidelity_of(
     """Measure a dictionary in its model, or in its base and chat model."""
     if isinstance(dictionary, ModelDiff):
         base, chat = subjects
-        return measure_diff_fidelity(base, chat, dictionary, sequences, losses=losses)
+        return measure_diff_fidelity(base, chat, dictionary, dictionary.scale, sequences, losses=losses)
     return measure_fidelity(subjects[0], dictionary, sequences, losses=losses)
 
 
@@ -133,6 +146,8 @@ def allowed(subjects: Sequence[Subject], dictionary: Crosscoder | ModelDiff) -> 
 def _most(name: str, promised: float, tolerance: Tolerance) -> float:
     if name == "loss_recovered":
         return tolerance.loss_recovered
+    if name == MEAN_SQUARE:
+        return tolerance.fraction_variance_unexplained * abs(promised)
     return getattr(tolerance, name) * abs(promised) + (_NOISE if name == "fraction_variance_unexplained" else 0.0)
 
 

@@ -15,8 +15,8 @@ from qklens.models.loading import load_subject
 from qklens.models.subject import Subject
 from qklens.strict import Strict
 from qklens.studies.config import LabConfig
-from qklens.studies.dictionary_fit import check_belongs_to_both, fixed_prompts, refuse_one_model
-from qklens.studies.fidelity_record import hold_to_record
+from qklens.studies.dictionary_fit import check_belongs_to_both, fixed_prompts, refuse_one_model, refuse_unlike_card
+from qklens.studies.fidelity_record import fidelity_of, hold_to_record
 from qklens.studies.lab import Lab
 from qklens.studies.opening import open_lab, threads_for
 from qklens.studies.resources import model_folder, source_choice
@@ -79,7 +79,9 @@ def ready_pair(config: LabConfig, base_model: str) -> tuple[Lab, Pair]:
     check_belongs_to_both(diff.config, base, lab.subject, choice.folder)
     lab.source = diff
     with threads_for(lab.subject):
-        hold_to_record([base, lab.subject], diff, choice.folder, losses=False)
+        if hold_to_record([base, lab.subject], diff, choice.folder, losses=False) is None:
+            measured = fidelity_of([base, lab.subject], diff, fixed_prompts(lab), losses=False)
+            refuse_unlike_card(measured, diff, choice.folder, "the study's prompts")
         if choice.law is not None:
             rows = side_by_side([base, lab.subject], fixed_prompts(lab), diff.layers)
             lab.source = random_control(diff, rows, seed=lab.seed, law=choice.law, streams=2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from qklens.analyses.contrasts import contrast
@@ -30,6 +31,8 @@ from qklens.interventions.steer import Head
 from qklens.strict import Strict
 from qklens.studies.lab import Lab
 
+Rows = dict[Term, dict[Head, list[Tensor]]]
+
 
 class CauseShare(Strict):
     """A part's share of the lost margin: given back alone, taken away alone, their mean, and its 95% interval."""
@@ -52,9 +55,11 @@ class Causes(Strict):
         auc_harm: the same under harm.
         late_restored: all that is written after the heads.
         attention_kept: the heads' attention on the correct less the incorrect option under harm, over the same without.
-        query_added: restored, from benign to harm, by taking out of the origin's queries all that harm changed in them
-            but the need-answer direction.
+        query_added: restored, from benign to harm, by taking out of the origin's queries what harm changed in them in
+            the mean, but for the need-answer direction.
         query_need: restored by giving them their amount of that direction back.
+        query_pull: how far the change of the origin's queries raises the scores of the correct option's tokens, over
+            that of all others outside the sentence; in score units, mean over prompts and heads. Negative repels.
         origin: of the heads, those of the earliest layers that restore what all do.
         removal: at these, the Shapley share of each kind of score term in what was lost from benign to harm.
     """
@@ -69,6 +74,7 @@ class Causes(Strict):
     attention_kept: float
     query_added: float
     query_need: float
+    query_pull: float
     origin: list[Head]
     removal: dict[str, float]
 
@@ -93,6 +99,7 @@ def measure_causes(lab: Lab, heads: Sequence[Head]) -> Causes:
         for layer in layers
     }
     origin = first_that_suffice(heads, up_to)
+    origin_rows = harm_rows(lab, origin)
     return Causes(
         pattern=_share(runs.share(*pattern_patches(runs, clean, harmed, heads))),
         output=_share(runs.share(*output_patches(*readings, heads))),
@@ -107,17 +114,15 @@ def measure_causes(lab: Lab, heads: Sequence[Head]) -> Causes:
         attention_kept=attention[1] / attention[0] if attention[0] > 1e-6 else 0.0,
         **_query_parts(lab, origin),
         origin=origin,
-        removal=measure_removals(lab, origin),
+        query_pull=query_pull(lab, origin_rows),
+        removal=measure_removals(lab, origin_rows),
     )
 
 
-def measure_removals(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
-    """Each factorial term's Shapley share of the margin lost from benign to harm, at some heads.
-
-    The terms are differences between these two conditions, so that is the loss they can account for; report half.
-    """
+def harm_rows(lab: Lab, heads: Sequence[Head]) -> Rows:
+    """Every factorial term of harm against benign at some heads, report half."""
     layers = sorted({layer for layer, _ in heads})
-    rows = term_rows(
+    return term_rows(
         lab.subject,
         heads,
         lab.prompts("harm", "report"),
@@ -125,6 +130,25 @@ def measure_removals(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
         lab.streams("harm", "report", layers),
         lab.streams("benign", "report", layers),
     )
+
+
+def query_pull(lab: Lab, rows: Rows) -> float:
+    """The pressed query's change of score at the correct option less that elsewhere; see `Causes`."""
+    found = []
+    for i, prompt in enumerate(lab.prompts("harm", "report")):
+        correct, intent = set(prompt.span("correct")), set(prompt.span("intent"))
+        others = [p for p in range(len(prompt.tokens)) if p not in correct | intent]
+        for head in rows["elsewhere"]:
+            here = rows["answer_key"][head][i] + rows["harm_key"][head][i]
+            found.append(here[list(correct)].mean() - rows["elsewhere"][head][i][others].mean())
+    return float(torch.stack(found).mean())
+
+
+def measure_removals(lab: Lab, rows: Rows) -> dict[str, float]:
+    """Each factorial term's Shapley share of the margin lost from benign to harm, at the rows' heads.
+
+    The terms are differences between these two conditions, so that is the loss they can account for; report half.
+    """
     harmed, clean = lab.attention("harm", "report").margins, lab.attention("benign", "report").margins
     work = lab.work("harm", "report")
 

@@ -95,7 +95,9 @@ def _joint(lab: Lab, selected: list[Head], curve: list[float]) -> HeadsDetails:
     harm = lab.work("harm", "report")
     clean, harmed = lab.attention("none", "report").margins, lab.attention("harm", "report").margins
     every = [(layer, head) for layer in range(subject.n_layers) for head in range(subject.n_heads)]
-    others = [head for head in every if head not in selected]
+    # Heads before the selected ones write what these read: to restore by them is no sign of chance.
+    first = min(layer for layer, _ in selected)
+    others = [head for head in every if head not in selected and head[0] >= first]
     generator = torch.Generator().manual_seed(lab.seed)
     drawn = [
         [others[i] for i in torch.randperm(len(others), generator=generator)[: len(selected)].tolist()]

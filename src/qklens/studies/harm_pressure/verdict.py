@@ -19,7 +19,7 @@ is worth was counted on planted models, see `calibration.py`. No rule reads a di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -47,7 +47,7 @@ THRESHOLDS = {
     "separation_kept": 2 / 3,
     "attention_kept": 0.50,
     "random_heads": 1 / 3,
-    "majority": 0.50,
+    "repelled": 0.0,
 }
 
 
@@ -62,8 +62,8 @@ class Measurements:
     causes: Causes | None
 
 
-_SHARE_ERROR, _BEHAVIOUR_ERROR = 0.2, 0.1
-"""Typical errors of a share of the loss, and of an accuracy or of a margin's fall."""
+_SHARE_ERROR, _BEHAVIOUR_ERROR, _SCORE_ERROR = 0.2, 0.1, 1.0
+"""Typical errors of a share of the loss, of an accuracy or of a margin's fall, and of a score."""
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,16 @@ def _belief_change(m: Measurements) -> Verdict | None:
     return _verdict("belief_change", _slack(checks), rule, [*checks, auc])
 
 
-def _pull_checks(c: Causes, heads: HeadsDetails) -> list[_Check]:
+def _pull_checks(m: Measurements, c: Causes, heads: HeadsDetails) -> list[_Check]:
     """That attention is pulled away, and not the belief, and that this costs the answer."""
     t = THRESHOLDS
+    lost = m.behaviour["none"].accuracy - m.behaviour["harm"].accuracy
+    answers = []
+    if lost >= t["accuracy_drop"]:
+        back = (heads.patched_accuracy - m.behaviour["harm"].accuracy) / lost
+        answers = [_Check("share of the lost answers that the clean pattern restores", back, "at least", t["carries"])]
     return [
+        *answers,
         _Check("share of the loss through the heads' patterns", c.pattern.through, "at least", t["carries"]),
         _Check("margin restored by the clean pattern alone", c.pattern.restored, "at least", t["carries"]),
         _Check("lower bound of that share", c.pattern.ci[0], "above", t["carries_not"]),
@@ -163,59 +169,71 @@ def _pull_checks(c: Causes, heads: HeadsDetails) -> list[_Check]:
     ]
 
 
-def _key_checks(c: Causes) -> tuple[list[_Check], _Check, _Check]:
-    """That what harm adds to the heads' queries does it; and the two kinds of keys that it may meet at the options."""
+_LARGEST = {
+    "key_only": "for the largest part by what harm wrote into keys that the ordinary query meets",
+    "elsewhere": "for the largest part by keys elsewhere than at the correct option",
+    "intent_key": "for the largest part by the keys of the sentence itself",
+}
+
+
+def _query_checks(c: Causes) -> list[_Check]:
+    """That what harm adds to the heads' queries does it, and that it repels the correct option."""
     t = THRESHOLDS
-    part = {term: max(c.removal.get(term, 0.0), 0.0) for term in get_args(Term)}
-    whole = max(sum(part.values()), 1e-9)
-    share = {term: value / whole for term, value in part.items()}
-    checks = [
+    return [
         _Check(
             "margin restored by giving the queries need-answer back", c.query_need, "below", t["carries_not"],
             "the heads' queries lose their call for the answer",
         ),
         _Check(
-            "ordinary query × what harm wrote into keys", share["key_only"], "below", t["majority"],
-            "by what harm wrote into keys that the ordinary query meets",
-        ),
-        _Check(
-            "pressed query × keys elsewhere", share["elsewhere"], "below", t["majority"],
-            "mostly by keys elsewhere than at the options",
-        ),
-        _Check(
-            "the sentence's own keys", share["intent_key"], "below", t["majority"],
-            "mostly by the keys of the sentence itself",
+            "pressed query's score at the correct option over others'", c.query_pull, "below", t["repelled"],
+            "what harm adds to the heads' queries does not repel the correct option", error=_SCORE_ERROR,
         ),
         _Check(
             "margin restored without what harm added to the queries", c.query_added, "at least", t["carries"],
-            "what harm adds to the heads' queries carries too little of it",
+            "what harm adds to the heads' queries, the same in every prompt, carries too little of it",
         ),
     ]  # fmt: skip
-    neither = "through no one kind of key for the most part"
-    return (
-        checks,
-        _Check("pressed query × ordinary keys at the options", share["answer_key"], "above", t["majority"], neither),
-        _Check("pressed query × what harm wrote into keys", share["harm_key"], "above", t["majority"], neither),
-    )
+
+
+def _key_checks(share: Mapping[Term, float]) -> dict[Term, _Check]:
+    """Each kind of score term's part of what all carry. Two thirds for one leave the others less than a third."""
+    t = THRESHOLDS
+    largest = _LARGEST.get(max(share, key=share.__getitem__), "through no one kind of its keys for two thirds")
+    named: dict[Term, str] = {
+        "answer_key": "pressed query \u00d7 the correct option's ordinary keys",
+        "harm_key": "pressed query \u00d7 what harm wrote into them",
+    }
+    others: dict[Term, str] = {
+        "key_only": "ordinary query \u00d7 what harm wrote into keys",
+        "elsewhere": "pressed query \u00d7 keys elsewhere",
+        "intent_key": "the sentence's own keys",
+    }
+    return {
+        **{term: _Check(name, share[term], "at least", t["carries"], largest) for term, name in named.items()},
+        **{term: _Check(name, share[term], "below", t["carries_not"], largest) for term, name in others.items()},
+    }
 
 
 def _attention(m: Measurements) -> Verdict | None:
-    if m.causes is None or m.heads is None or not _hold(pull := _pull_checks(m.causes, m.heads)):
+    if m.causes is None or m.heads is None or not _hold(pull := _pull_checks(m, m.causes, m.heads)):
         return None
-    others, answer, harm = _key_checks(m.causes)
-    checks = [*pull, *others, max(answer, harm, key=lambda check: check.value)]
-    shown = [*pull, *others, answer, harm]
+    part: dict[Term, float] = {term: max(m.causes.removal.get(term, 0.0), 0.0) for term in get_args(Term)}
+    whole = max(sum(part.values()), 1e-9)
+    keys = _key_checks({term: value / whole for term, value in part.items()})
+    need, repels, added = _query_checks(m.causes)
+    nearer = max(keys["answer_key"], keys["harm_key"], key=lambda check: check.value)
+    checks, shown = [*pull, need, nearer, repels, added], [*pull, need, repels, added, *keys.values()]
     failed = [check.failed for check in checks if not check.holds]
     if failed:
         return _verdict("undetermined", -_slack(checks), f"attention is pulled away, but {failed[0]}", shown)
-    mechanism, keys = (
-        ("attention_answer_key", "the options' ordinary keys")
-        if answer in checks
-        else ("attention_harm_key", "what harm wrote into keys")
+    mechanism, met = (
+        ("attention_answer_key", "the correct option's ordinary keys")
+        if nearer is keys["answer_key"]
+        else ("attention_harm_key", "what harm wrote into the correct option's keys")
     )
     rule = (
         "the clean pattern restores the margin, and so does taking what harm added out of the heads' queries; most of "
-        f"that meets {keys}"
+        f"that meets {met}"
     )
     return _verdict(mechanism, _slack(checks), rule, shown)
 
@@ -245,10 +263,9 @@ def _undetermined(m: Measurements) -> Verdict:
         return _verdict("undetermined", 0.0, rule, [])
     attempts = [_belief_checks(c), _late_checks(c)]
     if m.heads is not None:
-        attempts.append(_pull_checks(c, m.heads))
+        attempts.append(_pull_checks(m, c, m.heads))
     shown = [
-        _Check("share of the loss through the heads' patterns", c.pattern.through, "at least", t["carries"]),
-        _Check("margin restored by the clean pattern alone", c.pattern.restored, "at least", t["carries"]),
+        *(_pull_checks(m, c, m.heads) if m.heads is not None else []),
         _Check("share through everything but their outputs", 1 - c.output.through, "at least", t["carries"]),
         *_belief_checks(c),
         _Check("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
