@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qklens.analyses.fidelity import next_token_loss, replacer
+from qklens.dictionaries.blocks import count_and_error
 from qklens.dictionaries.config import DiffFidelity
 from qklens.dictionaries.model_diff import SIDES
 from qklens.dictionaries.source import FeatureSource, fraction_variance_unexplained
@@ -41,16 +42,14 @@ def measure_diff_fidelity(
         raise QklensError("fidelity needs at least one sequence of two tokens")
     (layer,) = source.layers
     rows = side_by_side([base, chat], usable, (layer,))[layer].to(base.device)
-    activations = source.encode(layer, lambda _: rows)
-    error = source.error(layer, lambda _: rows, activations)
+    count, error = count_and_error(source, layer, lambda _: rows)
     unexplained: dict[str, float] = {}
     recovered: dict[str, float | None] = {}
     for side, subject, x, left in zip(SIDES, (base, chat), rows.chunk(2, 1), error.chunk(2, 1), strict=True):
         unexplained[side] = fraction_variance_unexplained(x, left)
         if losses:
             recovered[side] = _recovered(subject, layer, usable, x, x - left)
-    l0 = float((activations != 0).float().sum(dim=1).mean())
-    return DiffFidelity(l0=l0, fraction_variance_unexplained=unexplained, loss_recovered=recovered)
+    return DiffFidelity(l0=count / len(rows), fraction_variance_unexplained=unexplained, loss_recovered=recovered)
 
 
 def _recovered(

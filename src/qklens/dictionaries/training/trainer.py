@@ -200,8 +200,8 @@ class Trainer:
         elif self.ranks.first:
             if (other := foreign_entry(keeping.folder, path.name)) is not None:
                 raise QklensError(
-                    f"--out {keeping.folder}: holds {other.name!r} and no {_IDENTITY}; expected a new or empty folder, or "
-                    "a run to go on with; choose another"
+                    f"--out {keeping.folder}: holds {other.name!r} and no {_IDENTITY}; expected a new or empty folder, "
+                    "or a run to go on with; choose another"
                 )
             write_json(path, identity)
         self.ranks.wait()
