@@ -4,7 +4,8 @@
     checkpoints/step-00000500/state.json           the few numbers beside them, and the SHA-256 of both
     checkpoints/LATEST                             the name of the directory to go on from
 
-A crash at any moment leaves the pointer on a whole directory. Older directories go after the pointer has moved.
+A crash at any moment leaves the pointer on a whole directory. Older directories go after the pointer has moved, or when
+the run is taken up again.
 """
 
 from __future__ import annotations
