@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qklens.errors import QklensError
-from qklens.files import atomic_write, check_folder, read_json, sha256_files, write_json
+from qklens.files import atomic_write, check_folder, read_json, remove_left_over, sha256_files, write_json
 from tiny_folders import tree
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -135,3 +135,20 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("tempfile.TemporaryFile", denied)
     with pytest.raises(QklensError, match="run: cannot be written \\(Permission denied\\); choose another --out"):
         check_folder(tmp_path / "run", "--out")
+
+
+def test_what_killed_writes_left_goes_and_what_is_being_written_or_anothers_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sync stands in for the moment in which another process looks."""
+    others = [".a.json.tmp", ".b.json.abcdefgh", "a.json.abcdefgh", ".axjson.abcdefgh", ".a.json.abcdefgh.x"]
+    for name in (*others, ".a.json.abcd_fg1", ".c.abcdefgh"):
+        (tmp_path / name).write_bytes(b"half")
+
+    def sync(_: int) -> None:
+        remove_left_over(tmp_path, ["a.json", "c"])
+
+    monkeypatch.setattr(os, "fsync", sync)
+    atomic_write(tmp_path / "a.json", b"whole")
+    assert tree(tmp_path) == {**dict.fromkeys(sorted(others), b"half"), "a.json": b"whole"}
+    remove_left_over(tmp_path / "missing", ["a.json"])

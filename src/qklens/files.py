@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,12 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "wb") as file:
+            _claimed(descriptor)
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or type(error).__name__
@@ -94,6 +97,32 @@ def foreign_entry(folder: Path, first: str) -> Path | None:
     if not folder.is_dir():
         return None
     return min((entry for entry in folder.iterdir() if not entry.name.startswith(f".{first}.")), default=None)
+
+
+def remove_left_over(folder: Path, names: Iterable[str]) -> None:
+    """Remove the temporary files that killed processes left of `atomic_write`; those still being written stay.
+
+    Args:
+        folder: it need not exist.
+        names: of the files that were to be written.
+    """
+    if not folder.is_dir():
+        return
+    ours = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.[a-z0-9_]{{8}}")  # the end is `mkstemp`'s
+    for path in folder.iterdir():
+        if ours.fullmatch(path.name) and path.is_file():
+            with suppress(OSError), path.open("rb") as file:
+                if _claimed(file.fileno()):
+                    path.unlink()
+
+
+def _claimed(descriptor: int) -> bool:
+    """Whether a file is now this process's own; the system takes a claim back when the process ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another's, or a file system without locks
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from qklens.analyses.diff_fidelity import measure_diff_fidelity
 from qklens.analyses.fidelity import measure_fidelity
@@ -13,6 +16,7 @@ from qklens.dictionaries.activation import Threshold
 from qklens.dictionaries.config import FORMAT, DictionaryConfig
 from qklens.dictionaries.crosscoder import Crosscoder
 from qklens.dictionaries.model_diff import ModelDiff, ModelDiffConfig
+from qklens.dictionaries.training.harvest import side_by_side
 from qklens.errors import QklensError
 from qklens.models.loading import load_subject
 from qklens.models.sites import capture
@@ -79,6 +83,38 @@ def test_each_side_is_what_its_own_dictionary_leaves_in_its_own_model(
         factor = {"base": 1.0, "chat": 3.0}[side]
         assert found.mean_square[side] == pytest.approx(float((factor * rows).square().mean()), rel=1e-4)
     assert found.loss_recovered["base"] != pytest.approx(found.loss_recovered["chat"], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", [Crosscoder, ModelDiff])
+def test_rows_are_encoded_a_few_at_a_time_with_the_same_result(
+    models: dict[str, Subject], sequences: list[list[int]], monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    """Against all rows at once, L0 and variance left by hand."""
+    width, used, sizes = models["chat"].d_model, sequences[:12], []
+    one = alone("chat", width) if kind is Crosscoder else together(width)
+    subjects = [models["chat"]] if kind is Crosscoder else list(models.values())
+    measure = measure_fidelity if kind is Crosscoder else measure_diff_fidelity
+    rows = side_by_side(subjects, used, (LAYER,))[LAYER].double()
+    activations = one.encode(LAYER, lambda _: rows)
+    left = one.error(LAYER, lambda _: rows, activations)
+    scale = () if kind is Crosscoder else (torch.ones(2),)
+    at_once = measure(*subjects, one, *scale, used).by_site()
+    real = kind.encode
+
+    def encode(self: object, layer: int, stream: Callable[[int], Tensor]) -> Tensor:
+        sizes.append(len(stream(layer)))
+        return real(self, layer, stream)
+
+    monkeypatch.setattr(kind, "encode", encode)
+    monkeypatch.setattr("qklens.dictionaries.blocks.ENTRIES_AT_ONCE", 7 * len(one.labels) + 1)
+    found = measure(*subjects, one, *scale, used).by_site()
+    assert max(sizes) == 7
+    assert sum(sizes) == len(rows) * (2 if kind is Crosscoder else 1)
+    for site, x, e in zip(found, rows.chunk(len(subjects), 1), left.chunk(len(subjects), 1), strict=True):
+        assert found[site]["l0"] == int((activations != 0).sum()) / len(rows)
+        unexplained = float(e.pow(2).sum() / (x - x.mean(dim=0)).pow(2).sum())
+        assert found[site]["fraction_variance_unexplained"] == pytest.approx(unexplained, rel=1e-5)
+        assert found[site]["loss_recovered"] == pytest.approx(at_once[site]["loss_recovered"], abs=1e-6)
 
 
 def test_fixed_tokens_are_the_middle_ones_whatever_the_batches(

@@ -146,6 +146,13 @@ def test_the_same_keys_from_a_file(qklens: Callable[..., Any], model: Path, corp
         (("--cache", "../six.jsonl"), "six.jsonl is a file; choose another --cache"),
         (("--cache", "../model"), "and no manifest.json; expected a new or empty folder"),
         (("--out", "../model"), "and no run.json; expected a new or empty folder"),
+        (("--cache", "made", "--model", "gone"), "--cache made and --out made are one folder; give two"),
+        (("--cache", "made/cache", "--model", "gone"), "--cache made/cache and --out made lie one in the other"),
+        (("--cache", "x", "--out", "x/../x/made"), "--cache x and --out x/../x/made lie one in the other"),
+        (("--tensorboard", "../six.jsonl"), "six.jsonl is a file; choose another --tensorboard"),
+        (("--tensorboard", "../six.jsonl/board"), "six.jsonl is a file; choose another --tensorboard"),
+        (("--tensorboard", "x" * 300), "cannot be written (File name too long); choose another --tensorboard"),
+        (("--activation", "relu"), "dict train: activation 'relu' needs 'sparsity'; give a number"),
     ],
 )
 @pytest.mark.usefixtures("data")
@@ -160,6 +167,15 @@ def test_what_is_refused_leaves_nothing_behind(
     assert says in train(*given, *layers, "--out", "made", *arguments).refused()
     assert tree(Path()) == {}
     assert tree(model) == before
+
+
+def test_held_out_text_that_does_not_vary_is_refused_before_anything_is_written(
+    train: Callable[..., Any], corpus: Path
+) -> None:
+    corpus.write_text('{"text": "Which way"}\n' * 50)
+    line = train(*NUMBERS, "--layers", "1", "--out", "made", "--cache", "cache").refused()
+    assert "resid_pre.1 is the same at all 2 held-out tokens, so there is no variance to explain; give more" in line
+    assert tree(Path()) == {}
 
 
 def test_other_models_corpora_and_numbers_are_refused_with_both_sides(

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qklens.analyses.fidelity import next_token_loss, replacer
+from qklens.dictionaries.blocks import count_and_error
 from qklens.dictionaries.config import SIDES, Checkpoint, DiffFidelity
 from qklens.dictionaries.source import FeatureSource, fraction_variance_unexplained
 from qklens.dictionaries.training.harvest import after_first, batches_by_length, side_by_side
@@ -48,8 +49,7 @@ def measure_diff_fidelity(
         raise QklensError("fidelity needs at least one sequence of two tokens")
     (layer,) = source.layers
     rows = side_by_side([base, chat], usable, (layer,))[layer].to(base.device)
-    activations = source.encode(layer, lambda _: rows)
-    error = source.error(layer, lambda _: rows, activations)
+    count, error = count_and_error(source, layer, lambda _: rows)
     unexplained: dict[Checkpoint, float] = {}
     squares: dict[Checkpoint, float] = {}
     recovered: dict[Checkpoint, float | None] = {}
@@ -59,8 +59,9 @@ def measure_diff_fidelity(
         unexplained[side] = fraction_variance_unexplained(x, left)
         if losses:
             recovered[side] = _recovered(subject, layer, usable, x, x - left)
-    l0 = float((activations != 0).float().sum(dim=1).mean())
-    return DiffFidelity(l0=l0, fraction_variance_unexplained=unexplained, mean_square=squares, loss_recovered=recovered)
+    return DiffFidelity(
+        l0=count / len(rows), fraction_variance_unexplained=unexplained, mean_square=squares, loss_recovered=recovered
+    )
 
 
 def _recovered(

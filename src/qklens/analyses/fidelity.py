@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from qklens.dictionaries.blocks import count_and_error
 from qklens.dictionaries.config import Fidelity
-from qklens.dictionaries.source import FeatureSource, fraction_variance_unexplained, write_parts
+from qklens.dictionaries.source import FeatureSource, check_width, fraction_variance_unexplained
 from qklens.dictionaries.training.harvest import after_first, batches_by_length, stream_rows
 from qklens.errors import QklensError
 from qklens.models.batch import Batch
@@ -45,16 +46,17 @@ def measure_fidelity(
     l0, fvu, recovered = {}, {}, {}
     clean = next_token_loss(subject, usable, lambda _: []) if losses else 0.0
     for layer in source.layers:
-        parts = write_parts(source, layer, lambda m: rows[m].to(subject.device))
-        l0[layer] = float((parts.activations != 0).float().sum(dim=-1).mean())
-        fvu[layer] = fraction_variance_unexplained(rows[layer], parts.error.cpu())
+        check_width(source, layer, rows[layer])
+        count, error = count_and_error(source, layer, lambda m: rows[m].to(subject.device))
+        l0[layer] = count / len(rows[layer])
+        fvu[layer] = fraction_variance_unexplained(rows[layer], error.cpu())
         if not losses:
             continue
         mean = rows[layer].mean(dim=0).to(subject.device)
         blank = next_token_loss(subject, usable, replacer(layer, lambda x, _, mean=mean: mean.to(x).expand_as(x)))
 
         def rebuilt(x: Tensor, stream: Callable[[int], Tensor], layer: int = layer) -> Tensor:
-            return x - source.error(layer, lambda m: x if m == layer else stream(m))
+            return x - count_and_error(source, layer, lambda m: x if m == layer else stream(m))[1]
 
         kept = blank - next_token_loss(subject, usable, replacer(layer, rebuilt, source.reads(layer)))
         recovered[layer] = kept / (blank - clean) if blank > clean else None

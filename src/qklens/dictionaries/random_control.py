@@ -16,7 +16,6 @@ vectors are drawn.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -24,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qklens.dictionaries.blocks import blocks
 from qklens.dictionaries.directions import Directions
 from qklens.dictionaries.source import (
     ErrorByDecoding,
@@ -37,7 +37,6 @@ from qklens.errors import QklensError
 
 RandomLaw = Literal["isotropic", "covariance"]
 LAWS: tuple[RandomLaw, ...] = get_args(RandomLaw)
-_ENTRIES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +210,7 @@ def _keep_density(control: RandomControl, source: FeatureSource, layer: int, row
     n_features, n = len(control.labels), len(rows[layer])
     count, size = torch.zeros(n_features, dtype=torch.long), torch.zeros(n_features, dtype=torch.float64)
     device = source.directions(layer).device
-    for begin, end in _blocks(n, n_features):
+    for begin, end in blocks(n, n_features):
         active = source.encode(layer, lambda m, b=begin, e=end: rows[m][b:e].to(device)).cpu()
         count += (active != 0).sum(dim=0)
         size += active.double().abs().sum(dim=0)
@@ -220,7 +219,7 @@ def _keep_density(control: RandomControl, source: FeatureSource, layer: int, row
         at = ((control.reader[layer] == reader) & (count > 0)).nonzero()[:, 0]
         if reader < 0 or not len(at):
             continue
-        for begin, end in _blocks(len(at), n):
+        for begin, end in blocks(len(at), n):
             some = at[begin:end]
             ordered = control._along(reader, some, at_least_float32(rows[reader]).to(device)).cpu().sort(dim=0).values
             threshold[some] = _between(ordered, count[some])
@@ -237,10 +236,3 @@ def _between(
     least = ordered.gather(0, (n - count)[None])[0]
     next_one = ordered.gather(0, (n - count - 1).clamp(min=0)[None])[0]
     return ((least + next_one) / 2).where(count < n, torch.tensor(-torch.inf))
-
-
-def _blocks(n: int, each: int) -> Iterator[tuple[int, int]]:
-    """Ranges of n things of which as many are taken at once as memory allows."""
-    step = max(1, _ENTRIES_AT_ONCE // max(each, 1))
-    for begin in range(0, n, step):
-        yield begin, min(begin + step, n)

@@ -118,14 +118,9 @@ def write_parts(source: FeatureSource, layer: int, stream: Stream) -> Parts:
     Raises:
         QklensError: the source does not write this layer, or its vectors have another width than the stream.
     """
-    check_layer(source, layer)
     residual = stream(layer)
+    check_width(source, layer, residual)
     directions = source.directions(layer).to(residual)
-    if directions.shape[-1] != residual.shape[-1]:
-        raise QklensError(
-            f"dictionary {source.name!r} has vectors of {directions.shape[-1]} dimensions, the model's residual stream "
-            f"has {residual.shape[-1]}; it belongs to another model"
-        )
     activations = source.encode(layer, stream).to(residual)
     bias = source.bias(layer).to(residual)
     return Parts(activations, directions, bias, source.error(layer, stream, activations))
@@ -152,6 +147,16 @@ def check_layer(source: FeatureSource, layer: int) -> None:
         )
 
 
+def check_width(source: FeatureSource, layer: int, residual: Float[Tensor, "*any d_model"]) -> None:
+    """Raise unless the source writes resid_pre.layer in vectors of the stream's width."""
+    check_layer(source, layer)
+    if (width := source.bias(layer).shape[-1]) != residual.shape[-1]:
+        raise QklensError(
+            f"dictionary {source.name!r} has vectors of {width} dimensions, the model's residual stream has "
+            f"{residual.shape[-1]}; it belongs to another model"
+        )
+
+
 def feature_index(source: FeatureSource, label: str) -> int:
     """The index of a feature by its label; an unknown label names the nearest known one."""
     labels = source.labels
@@ -165,6 +170,7 @@ def feature_index(source: FeatureSource, label: str) -> int:
 
 
 def fraction_variance_unexplained(residual: Float[Tensor, "row d_model"], error: Float[Tensor, "row d_model"]) -> float:
-    """FVU = Σ‖e‖² / Σ‖x − mean x‖²."""
-    centred = residual - residual.mean(dim=0)
-    return float(error.pow(2).sum() / centred.pow(2).sum().clamp(min=torch.finfo(residual.dtype).tiny))
+    """FVU = Σ‖e‖² / Σ‖x − mean x‖², summed in float64."""
+    centred = residual - residual.mean(dim=0, dtype=torch.float64).to(residual)
+    left, all_of_it = (x.pow(2).sum(dtype=torch.float64) for x in (error, centred))
+    return float(left / all_of_it.clamp(min=torch.finfo(residual.dtype).tiny))

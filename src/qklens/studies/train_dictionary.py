@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from qklens.dictionaries.model_diff import ModelDiff, load_model_diff, save_mode
 from qklens.dictionaries.training.config import TrainingConfig, explained
 from qklens.dictionaries.training.corpus import read_corpus
 from qklens.dictionaries.training.finish import as_crosscoder, as_model_diff
-from qklens.dictionaries.training.harvest import ModelRows
+from qklens.dictionaries.training.harvest import ModelRows, side_by_side
 from qklens.dictionaries.training.layout import layout_of
 from qklens.dictionaries.training.memory import refuse_too_large
 from qklens.dictionaries.training.parallel import Ranks, join_ranks, leave_ranks
@@ -24,11 +24,14 @@ from qklens.dictionaries.training.trainer import Keeping, Report, Trained, Train
 from qklens.errors import QklensError
 from qklens.files import check_folder
 from qklens.models.loading import load_subject
+from qklens.models.subject import Subject
 from qklens.strict import Strict
 from qklens.studies.fidelity_record import fidelity_of, record_fidelity
 from qklens.studies.resources import model_folder
 
 Tick = Callable[[], None]
+_CONSTANT = 1e-9
+"""Share of a stream's square below which its variance is rounding."""
 
 
 class TrainRequest(Strict):
@@ -112,10 +115,12 @@ def _train(
     check_folder(folder, "--out")
     if request.cache is not None:
         check_folder(Path(request.cache), "--cache")
+        _refuse_nested(folder, Path(request.cache))
     names = [name for name in (request.base_model, request.model) if name is not None]
     subjects = [load_subject(model_folder(name), device=request.device, dtype=request.dtype) for name in names]
     corpus = read_corpus(Path(request.corpus), subjects[-1].tokenizer, request.context)
     rows = ModelRows(subjects, corpus, request.training.layers)
+    _refuse_constant(subjects, corpus.held_out, request)
     layout = layout_of(request.training, subjects[-1].d_model)
     refuse_too_large(request.training, layout, ranks.world, torch.device(request.device))  # before hours of caching
     source: RowSource = rows
@@ -123,9 +128,10 @@ def _train(
         source = write_shards(Path(request.cache), rows.manifest, rows.chunk, ranks, caching(rows.n_chunks))
     identity = {"models": [subject.sha256 for subject in subjects], "corpus": corpus.sha256, "dtype": request.dtype}
     keeping = Keeping(folder, identity, request.checkpoint_every, request.metrics_every)
-    trainer = Trainer(source, request.training, keeping=keeping, ranks=ranks, device=request.device)
-    trained = trainer.run(report)
+    trained = Trainer(source, request.training, keeping=keeping, ranks=ranks, device=request.device).run(report)
+    trained.learner.moments.clear()  # two thirds of what is learnt, and of no use to a dictionary
     made = _as_dictionary(trained, [subject.sha256 or "" for subject in subjects], folder.resolve().name)
+    del trained
     fidelity = fidelity_of(subjects, made, corpus.held_out)
     if not ranks.first:
         return made
@@ -135,6 +141,25 @@ def _train(
         save_crosscoder(made, folder, dtype=torch.float32)
     record_fidelity(subjects, made, folder, fidelity, corpus.held_out)
     return load_model_diff(folder) if isinstance(made, ModelDiff) else load_crosscoder(folder)
+
+
+def _refuse_nested(out: Path, cache: Path) -> None:
+    """Refuse folders of which one would take the other's files for a stranger's, after the caching."""
+    one, other = out.resolve(), cache.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        how = "are one folder" if one == other else "lie one in the other"
+        raise QklensError(f"--cache {cache} and --out {out} {how}; give two folders side by side")
+
+
+def _refuse_constant(subjects: Sequence[Subject], held_out: Sequence[Sequence[int]], request: TrainRequest) -> None:
+    """Refuse, before hours of training, text on which the share of variance left would say nothing."""
+    for layer, rows in side_by_side(subjects, held_out, request.training.layers).items():
+        for x in rows.double().chunk(len(subjects), dim=1):
+            if float((x - x.mean(dim=0)).pow(2).sum()) <= _CONSTANT * float(x.pow(2).sum()):
+                raise QklensError(
+                    f"--corpus {request.corpus}: resid_pre.{layer} is the same at all {len(x)} held-out tokens, so "
+                    "there is no variance to explain; give more and longer documents"
+                )
 
 
 def _as_dictionary(trained: Trained, models: list[str], name: str) -> Crosscoder | ModelDiff:

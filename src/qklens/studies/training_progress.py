@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qklens.dictionaries.training.parallel import is_first
 from qklens.dictionaries.training.trainer import Report
 from qklens.errors import QklensError
+from qklens.files import check_folder
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def training_progress(
     """What to call with each step's metrics, and a `Tick` for the shards that are cached before.
 
     Raises:
-        QklensError: TensorBoard is wanted and not installed.
+        QklensError: TensorBoard is wanted and not installed, or its folder cannot be written.
     """
     if not is_first():
         yield lambda _, __: None, lambda _: lambda: None
@@ -58,8 +59,13 @@ def training_progress(
 def _writer(folder: Path | None) -> Any:  # noqa: ANN401
     if folder is None:
         return None
+    check_folder(folder, "--tensorboard")
     try:
         return importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+    except OSError as error:
+        raise QklensError(
+            f"--tensorboard {folder}: cannot be written ({error.strerror or error}); choose another --tensorboard"
+        ) from error
     except ImportError as error:
         raise QklensError(
             f"--tensorboard {folder}: needs the package 'tensorboard': pip install 'qklens[tensorboard]'"

@@ -90,7 +90,10 @@ def test_numbers_that_were_altered_are_told_from_those_that_are_missing(tmp_path
     assert "one of them was altered" in refused(lambda: load_checkpoint(tmp_path))
 
 
-@pytest.mark.parametrize("text", [b"", b"step-00000004", b"..", b"/etc", b"../elsewhere", b"\xff", b"a\nb", b"\0"])
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"step-00000004", b"..", b"/etc", b"../elsewhere", b"\xff", b"a\nb", b"\0", b"step-" + b"9" * 300],
+)
 def test_a_pointer_to_no_checkpoint_is_refused(tmp_path: Path, text: bytes) -> None:
     save_checkpoint(tmp_path / "c", {"a": torch.ones(3)}, FACTS)
     (tmp_path / "elsewhere").mkdir()

@@ -21,6 +21,7 @@ from qklens.dictionaries.training.checkpoint import Facts, load_checkpoint, save
 from qklens.errors import QklensError
 from tests.dictionaries.training import training_process
 from tests.dictionaries.training.training_process import EVERY, STEPS
+from tiny_folders import tree
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = [
@@ -64,6 +65,10 @@ def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
 def same_bytes(one: Path, other: Path) -> None:
     for name in FILES:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
@@ -83,6 +88,22 @@ def test_killed_in_the_middle_of_writes_and_resumed_gives_the_same_bytes(run: Ru
     assert run(tmp_path / "run") == 0
     same_bytes(whole, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.is_dir()] == [f"step-{STEPS:08d}"]
+
+
+def test_killed_at_every_sync_and_resumed_gives_the_same_files_and_no_others(run: Run, tmp_path: Path) -> None:
+    """Of a run with two checkpoints; the last kills come after the last of them, in what follows it."""
+    assert run(tmp_path / "whole/run", checkpoints=2) == 0
+    expected = tree(tmp_path / "whole")
+    for write in range(1, 100):
+        root = tmp_path / str(write)
+        status = run(root / "run", kill_at_write=write, checkpoints=2)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        assert run(root / "run", checkpoints=2) == 0
+        assert names(root) == names(tmp_path / "whole"), write
+        assert tree(root) == expected, write
+    assert 15 < write < 99
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(run: Run, whole: Path, tmp_path: Path) -> None:

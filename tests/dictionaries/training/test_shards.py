@@ -63,6 +63,13 @@ class OneOfTwo(Ranks):
         pass
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    expected = sorted(path.name for path in written(tmp_path).folder.iterdir())
+    for name in ("manifest.json", "shard-00001.safetensors", "shard-00000.json", "DONE"):
+        (tmp_path / f".{name}.abcdefgh").write_bytes(b"half")
+    assert sorted(path.name for path in written(tmp_path).folder.iterdir()) == expected
+
+
 def test_several_processes_write_different_shards(tmp_path: Path) -> None:
     made: list[int] = []
 

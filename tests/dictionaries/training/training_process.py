@@ -23,7 +23,12 @@ STEPS, EVERY = 42, 7
 
 
 def train(
-    folder: Path, kill_at_step: int = -1, kill_at_write: int = -1, activation: str = "batch_topk", most_bytes: int = 0
+    folder: Path,
+    kill_at_step: int = -1,
+    kill_at_write: int = -1,
+    activation: str = "batch_topk",
+    most_bytes: int = 0,
+    checkpoints: int = STEPS // EVERY,
 ) -> None:
     """Train to the end, or be killed; exit status 3 and `error.txt` beside the folder for what is refused."""
     torch.set_num_threads(1)
@@ -33,8 +38,9 @@ def train(
         _die_in_write(kill_at_write)
     rows = torch.randn(900, 16, generator=torch.Generator().manual_seed(0))
     config = TrainingConfig.parse({
-        "kind": "crosscoder", "layers": (0, 1), "features": 64, "activation": activation, "k": 3, "steps": STEPS,
-        "batch": 32, "learning_rate": 3e-3, "dead_after_steps": 8, "auxiliary_k": 4, "buffer_rows": 300, "seed": 1,
+        "kind": "crosscoder", "layers": (0, 1), "features": 64, "activation": activation, "k": 3,
+        "steps": checkpoints * EVERY, "batch": 32, "learning_rate": 3e-3, "dead_after_steps": 8, "auxiliary_k": 4,
+        "buffer_rows": 300, "seed": 1,
     })  # fmt: skip
     ranks = join_ranks()
     keeping = Keeping(folder, {"corpus": "noise"}, checkpoint_every=EVERY, metrics_every=1)

@@ -4,7 +4,8 @@
     checkpoints/step-00000500/state.json           the few numbers beside them, and the SHA-256 of both
     checkpoints/LATEST                             the name of the directory to go on from
 
-A crash at any moment leaves the pointer on a whole directory. Older directories go after the pointer has moved.
+A crash at any moment leaves the pointer on a whole directory. Older directories go after the pointer has moved, or when
+the run is taken up again.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from torch import Tensor
 
 from qklens.dictionaries.training.records import read_record
 from qklens.errors import QklensError
-from qklens.files import atomic_write, sha256_files
+from qklens.files import atomic_write, remove_left_over, sha256_files
 from qklens.strict import Strict
 
 _TENSORS, _FACTS, _POINTER = "state.safetensors", "state.json", "LATEST"
-_NAME = re.compile(r"step-\d{8,}")
+_WRITING = ".writing-"
+_NAME = re.compile(r"step-\d{8,18}")
 
 
 class Facts(Strict):
@@ -59,7 +61,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: Facts) -> N
     temporary = ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(dir=folder, prefix=".writing-")
+        temporary = tempfile.mkdtemp(dir=folder, prefix=_WRITING)
         path = Path(temporary) / _TENSORS
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         written = _Written(facts=facts, sha256=_hash(path, facts))
@@ -78,9 +80,19 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: Facts) -> N
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+    prune_checkpoints(folder)
+
+
+def prune_checkpoints(folder: Path) -> None:
+    """Remove what a killed run left: other checkpoints than the one that the pointer names, and unfinished files."""
+    if not folder.is_dir():
+        return
+    kept = _pointed(folder)
     for other in folder.iterdir():
-        if other.is_dir() and other.name != final.name:
+        older = kept is not None and other.name != kept and _NAME.fullmatch(other.name)
+        if other.is_dir() and (older or other.name.startswith(_WRITING)):
             shutil.rmtree(other, ignore_errors=True)
+    remove_left_over(folder, [_POINTER])
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Facts] | None:

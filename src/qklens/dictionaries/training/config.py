@@ -115,6 +115,8 @@ def explained(error: ValidationError, where: str, known: object) -> QklensError:
     """One line for what a configuration has wrong."""
     first = first_complaint(error)
     key = ".".join(map(str, first["loc"]))
+    if first["type"] == "value_error" and isinstance(first["input"], dict):
+        key = ""  # a combination of keys, which names them itself
     if first["type"] == "extra_forbidden":
         last = str(first["loc"][-1])
         names = list(known) if not isinstance(known, str) else []  # pyright: ignore[reportArgumentType]

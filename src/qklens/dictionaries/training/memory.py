@@ -1,10 +1,15 @@
-"""What training takes at least, reckoned before any of it is allocated, and what there is.
+"""What a run takes at least, reckoned before any of it is allocated, and what there is.
 
     weights and moments   3 · 4 bytes · Σ_groups features · (columns read + columns written + biases)
     batch                 4 bytes · rows · (Σ_groups features + 3 · columns)
+    at the end            4 bytes · Σ_groups features · (columns read + all columns + biases)
+                          + the most of: weights; 3 · weights; 4 · 64 MiB
 
 Three of everything that is learnt, because Adam keeps two moments; of a batch, pre-activations of all features and the
-rows as they wait, as they are scaled, and as their error.
+rows as they wait, as they are scaled, and as their error. At the end the moments are gone, and the dictionary, whose
+decoder has a row over every layer for each feature, meets in turn the weights that it is made of, the activations of a
+block of held-out rows with what makes them, and the copies that saving makes: in the file's dtype, in its format, and
+as bytes. The end is the CPU's, wherever training was.
 """
 
 from __future__ import annotations
@@ -14,11 +19,13 @@ from pathlib import Path
 
 import torch
 
+from qklens.dictionaries import blocks
 from qklens.dictionaries.training.config import TrainingConfig
 from qklens.dictionaries.training.layout import Layout
 from qklens.errors import QklensError
 
 _FLOAT = 4
+_COPIES_SAVED, _BLOCKS = 3, 4
 _MEMORY = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
 
@@ -35,24 +42,38 @@ def refuse_too_large(config: TrainingConfig, layout: Layout, world: int, device:
     Raises:
         QklensError: names the bytes that are needed at least, and those that are there.
     """
+    learnt, batch, end = needed_bytes(config, layout, world)
     there = available_bytes(device)
-    learnt, batch = needed_bytes(config, layout, world)
     if there is not None and learnt + batch > there:
         raise QklensError(
             f"training needs at least {learnt + batch:,} bytes on {device.type} ({learnt:,} for weights and Adam's "
             f"moments of features {config.features:,}, {batch:,} for batch {config.batch:,}), {there:,} are free; give "
             "fewer --features or a smaller --batch"
         )
+    there = available_bytes(torch.device("cpu"))
+    if there is not None and end > there:
+        raise QklensError(
+            f"measuring and saving a dictionary of features {config.features:,} need at least {end:,} bytes on cpu, "
+            f"{there:,} are free; give fewer --features"
+        )
 
 
-def needed_bytes(config: TrainingConfig, layout: Layout, world: int = 1) -> tuple[int, int]:
-    """Bytes of weights and moments, and of a batch."""
+def needed_bytes(config: TrainingConfig, layout: Layout, world: int = 1) -> tuple[int, int, int]:
+    """Bytes of weights and moments, of a batch beside them, and of the end, when both are gone."""
     biases = 2 if config.activation == "jumprelu" else 1
     columns = sum((len(group.reads) + len(group.writes)) * group.d_model + biases for group in layout.groups)
-    rows = -(-config.batch // world)
+    features = len(layout.groups) * config.features
+    weights = _FLOAT * config.features * columns
+    dictionary = (
+        _FLOAT
+        * config.features
+        * sum(len(group.reads) * group.d_model + layout.width + biases for group in layout.groups)
+    )
+    block = _FLOAT * max(features, blocks.ENTRIES_AT_ONCE)
     return (
-        3 * _FLOAT * config.features * columns,
-        _FLOAT * rows * (len(layout.groups) * config.features + 3 * layout.width),
+        3 * weights,
+        _FLOAT * -(-config.batch // world) * (features + 3 * layout.width),
+        dictionary + max(_COPIES_SAVED * weights, _BLOCKS * block),
     )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from qklens.dictionaries.training.parallel import Ranks
 from qklens.dictionaries.training.records import read_record
 from qklens.errors import QklensError
-from qklens.files import atomic_write, foreign_entry, write_json
+from qklens.files import atomic_write, foreign_entry, remove_left_over, write_json
 from qklens.strict import Strict
 
 _FORMAT = "qklens-activations-1"
@@ -73,7 +73,7 @@ class ShardStore:
         """
         self.folder = folder
         self.manifest = read_record(Manifest, folder / _MANIFEST, _OTHER)
-        if not (folder / "DONE").is_file():
+        if not (folder / _DONE).is_file():
             raise QklensError(f"{folder}: activations are not complete; run the same command again to go on")
         again = "remove it, and run the same command again"
         self.marks = [read_record(Mark, _mark(folder, i), again) for i in range(self.manifest.shards)]
@@ -140,7 +140,7 @@ class ShardStore:
 
 _AGAIN = "remove it and its .json, and run the same command again"
 _OTHER = "remove the folder, or choose another"
-_MANIFEST = "manifest.json"
+_MANIFEST, _DONE = "manifest.json", "DONE"
 
 
 def write_shards(
@@ -173,8 +173,11 @@ def write_shards(
             "an earlier --cache filled; choose another"
         )
     ranks.wait()
-    if ranks.first and not begun:
-        write_json(path, manifest.model_dump(mode="json"))
+    if ranks.first:
+        if not begun:
+            write_json(path, manifest.model_dump(mode="json"))
+        written = [part.name for i in range(manifest.shards) for part in (_shard(folder, i), _mark(folder, i))]
+        remove_left_over(folder, [_MANIFEST, _DONE, *written])
     ranks.wait()
     for index in range(ranks.rank, manifest.shards, ranks.world):
         # A mark whose shard was removed, or cut short, says that the shard is to be written again.
@@ -185,7 +188,7 @@ def write_shards(
         tick()
     ranks.wait()
     if ranks.first:
-        atomic_write(folder / "DONE", "")
+        atomic_write(folder / _DONE, "")
     ranks.wait()
     return ShardStore(folder)
 

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qklens.dictionaries.config import BATCH_FILE, CONFIG_FILE, WEIGHTS_FILE
 from qklens.dictionaries.training.buffer import ShuffleBuffer
-from qklens.dictionaries.training.checkpoint import Facts, load_checkpoint, save_checkpoint
+from qklens.dictionaries.training.checkpoint import Facts, load_checkpoint, prune_checkpoints, save_checkpoint
 from qklens.dictionaries.training.config import TrainingConfig
 from qklens.dictionaries.training.layout import layout_of
 from qklens.dictionaries.training.learner import Learner, StepMetrics
@@ -22,10 +23,11 @@ from qklens.dictionaries.training.parallel import Ranks
 from qklens.dictionaries.training.rows import RowSource
 from qklens.dictionaries.training.shards import refuse_difference
 from qklens.errors import QklensError
-from qklens.files import atomic_write, foreign_entry, read_json, write_json
+from qklens.files import atomic_write, foreign_entry, read_json, remove_left_over, write_json
 
 Report = Callable[[int, dict[str, float]], None]
 """Called with the step and its metrics: loss, fvu, l0, dead."""
+_IDENTITY, _METRICS = "run.json", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Trainer:
             self._begin()
         else:
             self._restore(*found)
+        if keeping is not None and self.ranks.first:
+            self._tidy(keeping.folder)
 
     def run(self, report: Report = lambda _, __: None) -> Trained:
         """Train to the last step.
@@ -162,12 +166,22 @@ class Trainer:
             tensors = self._tensors() | {f"buffer.{name}": tensor for name, tensor in self.buffer.state().items()}
             facts = Facts(step=self.learner.step, threshold=self.learner.threshold, metrics=tuple(self._lines))
             save_checkpoint(keeping.folder / "checkpoints", tensors, facts)
-            atomic_write(keeping.folder / "metrics.jsonl", "".join(f"{line}\n" for line in self._lines))
+            self._write_metrics(keeping.folder)
         self.ranks.wait()
+
+    def _write_metrics(self, folder: Path) -> None:
+        atomic_write(folder / _METRICS, "".join(f"{line}\n" for line in self._lines))
+
+    def _tidy(self, folder: Path) -> None:
+        """What a run that was killed at any moment has too much or too little of beside its last checkpoint."""
+        prune_checkpoints(folder / "checkpoints")
+        remove_left_over(folder, [_IDENTITY, _METRICS, WEIGHTS_FILE, CONFIG_FILE, BATCH_FILE])
+        if self.learner.step:
+            self._write_metrics(folder)
 
     def _claim(self, keeping: Keeping, source: RowSource) -> None:
         """Write what this run is, or compare it with what is there."""
-        path = keeping.folder / "run.json"
+        path = keeping.folder / _IDENTITY
         identity = {
             "training": self.config.model_dump(mode="json"),
             **json.loads(json.dumps(keeping.identity)),
@@ -186,8 +200,8 @@ class Trainer:
         elif self.ranks.first:
             if (other := foreign_entry(keeping.folder, path.name)) is not None:
                 raise QklensError(
-                    f"--out {keeping.folder}: holds {other.name!r} and no run.json; expected a new or empty folder, or "
-                    "a run to go on with; choose another"
+                    f"--out {keeping.folder}: holds {other.name!r} and no {_IDENTITY}; expected a new or empty folder, "
+                    "or a run to go on with; choose another"
                 )
             write_json(path, identity)
         self.ranks.wait()
