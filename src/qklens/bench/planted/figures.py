@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -78,6 +79,9 @@ def _matrix(part: dict[str, Any], title: str, *, labelled: bool) -> Drawing:
     )
 
 
+_BINS = (0.0, 0.5, 0.75, 0.9, 0.96, 1.01)
+
+
 def reliability(results: dict[str, Any]) -> Drawing:
     """Share of right verdicts against the confidence they were given, one panel a group of seeds."""
     groups = [name for name in GROUP_WORDS if results[name]["n"]]
@@ -85,19 +89,20 @@ def reliability(results: dict[str, Any]) -> Drawing:
     return style.finish(
         alt.hconcat(*panels, spacing=30),
         "Is a verdict's confidence how often such verdicts are right?",
-        "One dot a confidence that was given, with the runs listed below; bars are Wilson 95% intervals, the line is "
-        "perfect calibration.",
+        "One dot a bin of confidence at its mean, with the runs that were right listed; bars are Wilson 95% intervals, "
+        "the line is perfect calibration.",
     )
 
 
 def _diagram(part: dict[str, Any], title: str, *, labelled: bool) -> Drawing:
     rows = []
-    for row in part["reliability"]:
-        low, high = wilson(row["right"], row["n"])
-        rows.append(
-            {"confidence": row["confidence"], "share": row["right"] / row["n"], "low": low, "high": high,
-             "n": f"{row['right']} of {row['n']}"}
-        )  # fmt: skip
+    for bottom, top in pairwise(_BINS):
+        some = [row for row in part["reliability"] if bottom <= row["confidence"] < top]
+        n, right = (sum(row[name] for row in some) for name in ("n", "right"))
+        if n:
+            low, high = wilson(right, n)
+            mean = sum(row["confidence"] * row["n"] for row in some) / n
+            rows.append({"confidence": mean, "share": right / n, "low": low, "high": high, "n": f"{right} of {n}"})
     scale = {"domain": [0, 1.02], "nice": False}
     x = alt.X("confidence:Q", scale=scale, title="confidence", axis=_axis())
     y = alt.Y("share:Q", scale=scale, title="share right" if labelled else None, axis=_axis(labels=labelled))
@@ -106,10 +111,10 @@ def _diagram(part: dict[str, Any], title: str, *, labelled: bool) -> Drawing:
     bars = style.chart(rows).mark_rule(color=style.MUTED, strokeWidth=1.5).encode(x=x, y=alt.Y("low:Q"), y2="high:Q")
     dots = style.chart(rows).mark_point(filled=True, size=70, opacity=1, color=_RIGHT).encode(x=x, y=y)
     listed = [
-        {"x": 0.98, "y": 0.05 + 0.075 * place, "text": f"{row['confidence']:.3f}: right in {row['n']}"}
+        {"x": 0.02, "y": 0.95 - 0.075 * place, "text": f"{row['confidence']:.2f}: {row['n']}"}
         for place, row in enumerate(rows)
     ]
-    words = style.chart(listed).mark_text(align="right", baseline="bottom", color=style.INK, fontSize=10.5)
+    words = style.chart(listed).mark_text(align="left", baseline="bottom", color=style.INK, fontSize=10.5)
     at = {"x": alt.X("x:Q", scale=scale), "y": alt.Y("y:Q", scale=scale)}
     brier = "" if part["brier"] is None else f"Brier score {part['brier']:.3f}"
     return alt.layer(line, bars, dots, words.encode(**at, text="text:N")).properties(
