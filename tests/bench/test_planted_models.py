@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from planted_raw import attention, hooked, margins, opened, prompts, streams
 
+from qklens.bench.planted import folder
 from qklens.bench.planted.folder import Spec, planted_model
+from qklens.bench.planted.provenance import writer_hash
 from qklens.errors import QklensError
 
 
@@ -175,14 +178,33 @@ def test_the_same_spec_writes_the_same_weights_and_a_whole_folder_is_reused(mode
     assert [path.name for path in tmp_path.iterdir()] == [again.folder.name]
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "planted.safetensors", "planted.json"])
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{}")])
+def test_a_damaged_folder_is_written_again(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    spec = Spec(mechanism="no_effect", architecture="gpt2", noise=0, seed=0)
+    first = planted_model(spec, tmp_path)
+    whole = (first.folder / name).read_bytes()
+    damage(first.folder / name)
+    assert planted_model(spec, tmp_path).truth == first.truth
+    assert (first.folder / name).read_bytes() == whole
+
+
+def test_a_model_that_other_code_wrote_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Spec(mechanism="no_effect", architecture="gpt2", noise=0, seed=0)
+    first = planted_model(spec, tmp_path).truth
+    monkeypatch.setattr(folder, "writer_hash", lambda: "of other code")
+    again = planted_model(spec, tmp_path).truth
+    assert (first.written_by, again.written_by) == (writer_hash(), "of other code")
+
+
 def test_a_folder_has_the_rights_that_the_umask_leaves(tmp_path: Path) -> None:
     spec = Spec(mechanism="no_effect", architecture="gpt2", noise=0, seed=0)
     before = os.umask(0o027)
     try:
-        folder = planted_model(spec, tmp_path / "models").folder
+        written = planted_model(spec, tmp_path / "models").folder
     finally:
         os.umask(before)
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+    assert stat.S_IMODE(written.stat().st_mode) == 0o750
     (tmp_path / "file").write_text("")
     with pytest.raises(QklensError, match="cannot be written"):
         planted_model(spec, tmp_path / "file")

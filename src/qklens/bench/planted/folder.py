@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save
 
 from qklens.bench.planted.basis import Basis, draw_basis
@@ -17,6 +18,7 @@ from qklens.bench.planted.blueprint import Blueprint, Graded, Mechanism, Verdict
 from qklens.bench.planted.graded import EVERY, graded_blueprint, right_verdict
 from qklens.bench.planted.mechanisms import MECHANISMS, blueprint
 from qklens.bench.planted.noise import LEVELS
+from qklens.bench.planted.provenance import writer_hash
 from qklens.bench.planted.weights import ARCHITECTURES, Architecture, Written, write_model
 from qklens.bench.planted.words import planted_tokenizer
 from qklens.errors import QklensError
@@ -24,8 +26,6 @@ from qklens.files import atomic_write, read_json, write_json
 from qklens.strict import Strict
 
 TRUTH_FILE, BASIS_FILE = "planted.json", "planted.safetensors"
-VERSION = 2
-"""Of what `write_planted` makes from a spec; counts up when that changes."""
 
 
 class Spec(Strict):
@@ -58,7 +58,7 @@ class Truth(Strict):
     """What is planted.
 
     Attributes:
-        version: of the writer.
+        written_by: hash of the code that writes planted models.
         spec: what was asked for.
         expected: the verdict that is right.
         share: of a graded model, the first cause's share of the margin lost, as its weights have it.
@@ -67,10 +67,10 @@ class Truth(Strict):
         selecting: the answer-selection heads: they look at the correct option without pressure, and their output
             reaches the letter.
         signs: planted pairs, a decoy's among them; none where nothing tells which option is correct.
-        weights_sha256: of the model's weights as written.
+        files: SHA-256 of every other file of the folder, as written.
     """
 
-    version: int
+    written_by: str
     spec: Spec
     expected: Verdict
     share: float | None = None
@@ -78,7 +78,7 @@ class Truth(Strict):
     heads: list[tuple[int, int, str]]
     selecting: list[tuple[int, int]]
     signs: list[PlantedSign]
-    weights_sha256: str
+    files: dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,16 +111,25 @@ def planted_model(spec: Spec, models: Path) -> Planted:
 
 
 def _kept(folder: Path, spec: Spec) -> Planted | None:
+    """The model in a folder, if this code wrote it for this spec and every file is as it was written."""
     if not (folder / TRUTH_FILE).is_file():
         return None
-    truth = Truth.model_validate(read_json(folder / TRUTH_FILE))
-    weights = folder / "model.safetensors"
-    if (truth.version, truth.spec) != (VERSION, spec) or not weights.is_file():
+    try:
+        truth = Truth.model_validate(read_json(folder / TRUTH_FILE))
+    except (ValidationError, QklensError):
         return None
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != truth.weights_sha256:
+    if (truth.written_by, truth.spec) != (writer_hash(), spec) or _hashes(folder) != truth.files:
         return None
     tensors = load_file(folder / BASIS_FILE)
     return Planted(folder, truth, Basis(tensors["vectors"], tensors["words"]))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != TRUTH_FILE
+    }
 
 
 def _write(spec: Spec, folder: Path) -> Planted:
@@ -151,9 +160,12 @@ def _write(spec: Spec, folder: Path) -> Planted:
         weights = {name: tensor.contiguous() for name, tensor in written.model.state_dict().items()}
         atomic_write(temporary / "model.safetensors", save(weights, {"format": "pt"}))
         planted_tokenizer().save_pretrained(temporary)
+        atomic_write(
+            temporary / BASIS_FILE, save({"vectors": basis.vectors.contiguous(), "words": basis.words.contiguous()})
+        )
         heads = sorted((layer, h, head.part) for (layer, h), head in written.placed.items())
         truth = Truth(
-            version=VERSION,
+            written_by=writer_hash(),
             spec=spec,
             expected=expected,
             share=share,
@@ -167,10 +179,7 @@ def _write(spec: Spec, folder: Path) -> Planted:
                 for (query, key), sign in head.signs.items()
                 if spec.mechanism != "task_not_solved"
             ],
-            weights_sha256=hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest(),
-        )
-        atomic_write(
-            temporary / BASIS_FILE, save({"vectors": basis.vectors.contiguous(), "words": basis.words.contiguous()})
+            files=_hashes(temporary),
         )
         write_json(temporary / TRUTH_FILE, truth.model_dump(mode="json"))
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,6 +22,10 @@ _PRINTS = ("cli/", "report/", "studies/tables/", "bench/planted/bench.py", "benc
 """What no run's numbers depend on."""
 
 
+_WRITES = ("basis", "blueprint", "folder", "graded", "mechanisms", "mlp", "noise", "weights", "words")
+"""What a planted model's weights and truth depend on."""
+
+
 class Made(Strict):
     """By what a run was made.
 
@@ -40,6 +44,15 @@ def made(settings: Mapping[str, object]) -> Made:
     versions = {name: version(name) for name in ("qklens", "torch", "transformers", "numpy")}
     text = json.dumps([settings, versions, measures], sort_keys=True)
     return Made(measured_by=hashlib.sha256(text.encode()).hexdigest(), decided_by=rules)
+
+
+@cache
+def writer_hash() -> str:
+    """SHA-256 over the code that writes planted models and the versions of what it writes them with."""
+    found = hashlib.sha256(json.dumps([version("torch"), version("transformers")]).encode())
+    for name in _WRITES:
+        found.update(f"{name}\0".encode() + (files("qklens.bench.planted") / f"{name}.py").read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 @cache

@@ -28,6 +28,8 @@ LEFT_OUT = (
     "fidelity", "cards", "zscores", "steer_all", "steer_query", "steer_key", "error_terms", "partners", "transfer",
     "origin",
 )  # fmt: skip
+LEFT_OUT_GRADED = (*LEFT_OUT, "interactions")
+"""Of a graded model the verdict alone is counted."""
 RUN_FILE, MADE_FILE, ITEMS_FILE = "run.json", "made.json", "planted.jsonl"
 GRADED_ITEMS = 32
 """Of the 48: the fewest whose report half does not cap a confidence by itself."""
@@ -102,11 +104,15 @@ def run_one(spec: Spec, kind: DictionaryKind, out: Path) -> Run:
         out=folder / "study",
         seed=0,
     )
-    results, _ = run_study(config, quiet=True, leave_out=LEFT_OUT)
+    results, _ = run_study(config, quiet=True, leave_out=_left_out(spec))
     run = compare(planted, kind, load_crosscoder(dictionary), results)
     run = run.model_copy(update={"cpu_seconds": round(time.process_time() - started, 2)})
     write_json(folder / RUN_FILE, run.model_dump(mode="json"))
     return run
+
+
+def _left_out(spec: Spec) -> tuple[str, ...]:
+    return LEFT_OUT if spec.strength is None else LEFT_OUT_GRADED
 
 
 def _folder(spec: Spec, kind: DictionaryKind, out: Path) -> Path:
@@ -115,7 +121,7 @@ def _folder(spec: Spec, kind: DictionaryKind, out: Path) -> Path:
 
 def made_now(spec: Spec, kind: DictionaryKind) -> Made:
     """By what a run is made now."""
-    return made({"spec": spec.model_dump(), "dictionary": kind, "left_out": LEFT_OUT, "items": items_file()})
+    return made({"spec": spec.model_dump(), "dictionary": kind, "left_out": _left_out(spec), "items": items_file()})
 
 
 def _discard_stale(folder: Path, by: Made) -> None:

@@ -1,0 +1,133 @@
+"""Forms outside the bench that look like a pulled-away attention: none of them may get an attention verdict.
+
+Each was once named `attention_answer_key` or `attention_harm_key` with a confidence of 0.93 to 0.99.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from qklens.bench.planted import weights
+from qklens.bench.planted.basis import draw_basis
+from qklens.bench.planted.blueprint import Amounts, Blueprint, PlannedFlip, PlannedHead
+from qklens.bench.planted.mechanisms import Draw, draw_numbers, whole_model
+from qklens.bench.planted.noise import LEVELS
+from qklens.bench.planted.runs import GRADED_ITEMS, LEFT_OUT_GRADED
+from qklens.bench.planted.words import items_file, planted_tokenizer, vocabulary
+from qklens.files import atomic_write
+from qklens.studies.config import StudyConfig
+from qklens.studies.harm_pressure.study import run_study
+from qklens.studies.results import Results
+
+SINK: tuple[Amounts, Amounts] = ({"constant": 0.5}, {"start": 1.0})
+
+
+def drawn(**changes: object) -> Draw:
+    return replace(draw_numbers(4, 0, 0), **{"layout": "together", **changes})
+
+
+def with_pair(plan: Blueprint, query: Amounts, key: Amounts) -> Blueprint:
+    """Another product in the scores of the selecting heads."""
+    return replace(
+        plan,
+        heads=tuple(replace(h, pairs=(*h.pairs, (query, key))) if h.part == "select" else h for h in plan.heads),
+    )
+
+
+def harm_written_at(plan: Blueprint, query: Amounts) -> Blueprint:
+    pairs = ((query, {"harm_verb": 1.0}), SINK)
+    return replace(plan, heads=tuple(replace(h, pairs=pairs) if h.part == "harm" else h for h in plan.heads))
+
+
+def turned_before_the_relay() -> Blueprint:
+    """Heads look where they should; an MLP turns the letter that they pick before a later head passes it on."""
+    plan = whole_model("late_flip", drawn(layout="relay head"), "")
+    picks = ("pick_A", "pick_B")
+    return replace(plan, flips=(PlannedFlip(2, "refuse", picks, picks, -1.9),))
+
+
+def drawn_to_a_letter() -> Blueprint:
+    return with_pair(whole_model("mixed", drawn(), ""), {"refuse": 1.0}, {"option_A": 9.0})
+
+
+def drawn_to_an_article() -> Blueprint:
+    """`a` stands in both options."""
+    return with_pair(whole_model("mixed", drawn(), ""), {"refuse": 1.0}, {"nothing": 14.0})
+
+
+def drawn_to_harm_on_the_wrong_option() -> Blueprint:
+    plan = harm_written_at(whole_model("mixed", drawn(), ""), {"thing": 10.0, "correct": -20.0})
+    return with_pair(plan, {"refuse": 1.0}, {"harm": 8.0})
+
+
+def drawn_to_harm_in_the_question() -> Blueprint:
+    return with_pair(
+        harm_written_at(whole_model("mixed", drawn(), ""), {"task": 10.0}), {"refuse": 1.0}, {"harm": 13.0}
+    )
+
+
+def late_letter_beside_a_weak_pair() -> Blueprint:
+    """The margin's loss is attention's, the answers' a letter that is always said, which cancels over both orders."""
+    plan = whole_model("mixed", drawn(sizes=(0.4, 0.6)), "", pressed=("correct", None))
+    late = PlannedHead(
+        "late", 4, (({"refuse": 10.0}, {"ask": 1.0}), SINK), (({"refuse": 1.0}, {"out_A": -0.95, "out_B": 0.95}),)
+    )
+    return replace(plan, heads=(*plan.heads, late))
+
+
+def both_kinds_of_keys() -> Blueprint:
+    return whole_model("mixed", drawn(sizes=(0.55, 0.45)), "", pressed=("correct", "harm"))
+
+
+FOILS: tuple[Callable[[], Blueprint], ...] = (
+    turned_before_the_relay,
+    drawn_to_a_letter,
+    drawn_to_an_article,
+    drawn_to_harm_on_the_wrong_option,
+    drawn_to_harm_in_the_question,
+    late_letter_beside_a_weak_pair,
+    both_kinds_of_keys,
+)
+
+
+def studied(plan: Blueprint, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
+    basis = draw_basis(LEVELS[0].superposition, torch.Generator().manual_seed(1))
+    if "nothing" in {name for h in plan.heads for _, key in h.pairs for name in key}:
+        embedding = weights._embedding
+
+        def with_articles(*given: object) -> torch.Tensor:
+            rows = embedding(*given).clone()
+            rows[vocabulary()["a"]] += basis["nothing"].to(rows)
+            return rows
+
+        monkeypatch.setattr(weights, "_embedding", with_articles)
+    model = weights.write_model(plan, "llama", LEVELS[0], basis, 1).model
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    atomic_write(folder / "model.safetensors", save({n: t.contiguous() for n, t in model.state_dict().items()}))
+    planted_tokenizer().save_pretrained(folder)
+    data = folder.parent / "items.jsonl"
+    atomic_write(data, items_file())
+    config = StudyConfig(
+        model=str(folder), data=str(data), dictionary="directions", items=GRADED_ITEMS, out=folder.parent / "study"
+    )
+    return run_study(config, quiet=True, leave_out=LEFT_OUT_GRADED)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("foil", FOILS, ids=lambda foil: foil.__name__)
+def test_it_is_no_attention_verdict(
+    foil: Callable[[], Blueprint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = studied(foil(), tmp_path / "model", monkeypatch)
+    behaviour = results.behaviour
+    assert behaviour["none"].accuracy > 0.95
+    assert behaviour["harm"].margin < 0.75 * behaviour["benign"].margin, "harm costs the margin"
+    assert not results.verdict.mechanism.startswith("attention"), results.verdict.rule
+    assert results.verdict.mechanism in ("undetermined", "late_flip")
