@@ -203,7 +203,7 @@ def read_final(work: Workset) -> torch.Tensor:
 
 
 def test_factorial_terms_rebuild_the_pressed_scores(lab):
-    """ordinary + all terms is the model's own score at every shared token; ordinary is the benign query and keys."""
+    """ordinary + all terms + a constant is the model's own score at every shared token; ordinary is of the benign run."""
     subject, source, prompts, _, streams = lab
     lens = head_lens(subject, source, 1, 2)
     for i in range(4):
@@ -213,8 +213,8 @@ def test_factorial_terms_rebuild_the_pressed_scores(lab):
         assert set(terms) == set(TERMS)
         own = lens.scores(written_by(lens, [streams["harm"][i]])[0], harm.spans["answer"][0])
         shared = range(harm.spans["question"][0], len(harm.tokens))
-        ordinary = (own - sum(terms[t] for t in TERMS))[list(shared)]
-        assert torch.allclose(ordinary, benign_scores(subject, harm, benign, calm)[list(shared)], atol=1e-4)
+        left = (own - sum(terms[t] for t in TERMS) - benign_scores(subject, harm, benign, calm))[list(shared)]
+        assert torch.allclose(left, left[0].expand_as(left), atol=1e-4), "a constant, which softmax does not see"
         options = list(harm.span("correct"))
         assert bool((terms["elsewhere"][options] == 0).all())
         assert terms["harm_key"][options].abs().max() > 1e-3

@@ -135,14 +135,18 @@ def splits(draw: st.DrawFn) -> list[int]:
 @given(sizes=splits(), seed=st.integers(0, 50))
 @settings(deadline=None, max_examples=40)
 def test_any_split_into_blocks_gives_the_same_answer(sizes, seed):
-    rows, readers = unit_directions(whole(sum(sizes), 12, seed=seed)), whole(5, 12, seed=seed + 1)
+    # Four heads, so that their mean is exact too.
+    rows, readers = unit_directions(whole(sum(sizes), 12, seed=seed)), whole(4, 12, seed=seed + 1)
     whole_answer = rank_partners([[rows]], [readers], 20)
     begins = [sum(sizes[:i]) for i in range(len(sizes))]
     blocks = [[rows.part(b, b + s)] for b, s in zip(begins, sizes, strict=True)]
     split_answer = rank_partners(blocks, [readers], 20)
     assert lists(split_answer) == lists(whole_answer)
     assert torch.equal(split_answer.lowest.value.nan_to_num(9), whole_answer.lowest.value.nan_to_num(9))
-    torch.testing.assert_close(split_answer.sd, whole_answer.sd, equal_nan=True)
+    # sd² is a difference of sums, whose rounding is that of mean² + sd².
+    size = whole_answer.mean.square() + whole_answer.sd.square()
+    off = (split_answer.sd.square() - whole_answer.sd.square()).abs()
+    assert bool((off <= 1e-6 * size).logical_or(size.isnan() & split_answer.sd.isnan()).all())
 
 
 @given(seed=st.integers(0, 50))

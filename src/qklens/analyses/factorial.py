@@ -9,6 +9,11 @@ token the two prompts share (the question, the options, what follows):
            + answer_key          Δq · k_b     the pressed query meets the correct option's keys that were there anyway
            + harm_key            Δq · Δk      the pressed query meets what pressure wrote into these keys
            + elsewhere           Δq · k_h     the pressed query at all other tokens, the incorrect option's too
+           + a constant                       what the pressed query adds at all tokens alike: softmax does not see it
+
+The constant is the median of Δq · k_b, and that of Δq · Δk, over the tokens that are neither the correct option's nor
+the sentence's; each stands for what the query's change does to a token that nothing singles out. So no term depends on
+how the weights are written: one vector added to all keys moves the constant alone.
 
 At the sentence itself, which has no twin token by token, `intent_key` is the rise of the logsumexp of its scores for
 the ordinary query.
@@ -43,7 +48,7 @@ Streams = Sequence[dict[int, Float[Tensor, "_pos d_model"]]]
 def factorial_terms(
     subject: Subject, head: Head, harm: Prompt, benign: Prompt, pressed: Tensor, calm: Tensor
 ) -> dict[Term, Float[Tensor, " k_pos"]]:
-    """The four terms of one head's scores at the answer position, over the harm prompt's tokens.
+    """The five terms of one head's scores at the answer position, over the harm prompt's tokens.
 
     Args:
         subject: the model.
@@ -72,16 +77,21 @@ def factorial_terms(
     def scores(query: Tensor, key: Tensor) -> Tensor:
         return maps.scale * turn(key) @ turn.at(answer)(query)
 
-    change = q_h - q_b
+    change, others = q_h - q_b, ~(correct | intent)
+
+    def over_others(row: Tensor) -> Tensor:
+        return row - row[others].median()
+
+    at_ordinary, at_written = over_others(scores(change, k_b)), over_others(scores(change, k_h - k_b))
     there = list(benign.span("intent"))
     calm_turn = rotation(subject, layer, torch.arange(len(benign.tokens)))
     calm_intent = maps.scale * (calm_turn(k_calm)[there] @ calm_turn.at(benign.spans["answer"][0])(q_b))
     rise = scores(q_b, k_h)[intent].logsumexp(dim=0) - calm_intent.logsumexp(dim=0)
     return {
-        "answer_key": torch.where(correct, scores(change, k_b), 0.0),
-        "harm_key": torch.where(correct, scores(change, k_h - k_b), 0.0),
+        "answer_key": torch.where(correct, at_ordinary, 0.0),
+        "harm_key": torch.where(correct, at_written, 0.0),
         "key_only": scores(q_b, k_h - k_b),
-        "elsewhere": torch.where(correct, 0.0, scores(change, k_h)),
+        "elsewhere": torch.where(correct, 0.0, at_ordinary + at_written),
         "intent_key": torch.where(intent, rise, 0.0),
     }
 

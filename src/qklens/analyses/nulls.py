@@ -114,7 +114,9 @@ _Compare = Callable[[Tensor, Tensor], Tensor]
 
 def _halves(points: Float[Tensor, "feature axis"]) -> tuple[int, Tensor, _Compare] | None:
     """Where to part some points: the axis that spreads more and can be parted, its cut, and what is below it."""
-    for axis in points.std(dim=0).argsort(descending=True).tolist():
+    spread = points.std(dim=0)
+    # All of them together spread alike on both axes, which have that as their unit; rounding must not choose.
+    for axis in (0, 1) if spread[0] >= (1 - 1e-4) * spread[1] else (1, 0):
         # Between two values, so that rounding cannot part a feature from itself; where many are equal, beside them.
         cut = points[:, axis].sort().values[(len(points) - 1) // 2 :][:2].mean()
         for compare in (torch.le, torch.lt):

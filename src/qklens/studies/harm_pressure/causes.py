@@ -59,7 +59,7 @@ class Causes(Strict):
             the mean, but for the need-answer direction.
         query_need: restored by giving them their amount of that direction back.
         query_pull: how far the change of the origin's queries raises the scores of the correct option's tokens, over
-            that of all others outside the sentence; in score units, mean over prompts and heads. Negative repels.
+            the median of all others outside the sentence; in score units, mean over prompts and heads. Negative repels.
         origin: of the heads, those of the earliest layers that restore what all do.
         removal: at these, the Shapley share of each kind of score term in what was lost from benign to harm.
     """
@@ -133,14 +133,12 @@ def harm_rows(lab: Lab, heads: Sequence[Head]) -> Rows:
 
 
 def query_pull(lab: Lab, rows: Rows) -> float:
-    """The pressed query's change of score at the correct option less that elsewhere; see `Causes`."""
-    found = []
-    for i, prompt in enumerate(lab.prompts("harm", "report")):
-        correct, intent = set(prompt.span("correct")), set(prompt.span("intent"))
-        others = [p for p in range(len(prompt.tokens)) if p not in correct | intent]
-        for head in rows["elsewhere"]:
-            here = rows["answer_key"][head][i] + rows["harm_key"][head][i]
-            found.append(here[list(correct)].mean() - rows["elsewhere"][head][i][others].mean())
+    """The pressed query's change of score at the correct option over that elsewhere; see `Causes`."""
+    found = [
+        (rows["answer_key"][head][i] + rows["harm_key"][head][i])[list(prompt.span("correct"))].mean()
+        for i, prompt in enumerate(lab.prompts("harm", "report"))
+        for head in rows["answer_key"]
+    ]
     return float(torch.stack(found).mean())
 
 
@@ -164,7 +162,10 @@ def measure_removals(lab: Lab, rows: Rows) -> dict[str, float]:
 def _query_parts(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
     """Do the heads let go because of what harm adds to their queries, or because these no longer ask for the answer?"""
     layers = sorted({layer for layer, _ in heads})
-    need = {layer: contrast(lab.residual_readings("discovery", layer), "need_answer").mean(dim=0) for layer in layers}
+    need = {
+        layer: _seen(lab, layer, contrast(lab.residual_readings("discovery", layer), "need_answer").mean(dim=0))
+        for layer in layers
+    }
     sides = [(lab.prompts(c, "report"), lab.streams(c, "report", layers)) for c in ("harm", "benign")]
     harmed, clean = (lab.attention(c, "report").margins for c in ("harm", "benign"))
     margins = lab.work("harm", "report").margins_each(query_shifts(heads, need, *sides), idle_ok=True)
@@ -174,7 +175,13 @@ def _query_parts(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
 
 def _answer_directions(lab: Lab, layers: Sequence[int]) -> dict[int, Tensor]:
     streams = lab.streams("none", "discovery", layers)
-    return {layer: answer_direction(lab.prompts("none", "discovery"), streams, layer) for layer in layers}
+    prompts = lab.prompts("none", "discovery")
+    return {layer: _seen(lab, layer, answer_direction(prompts, streams, layer)) for layer in layers}
+
+
+def _seen(lab: Lab, layer: int, direction: Tensor) -> Tensor:
+    """What the layer's norm lets through of a direction: how a LayerNorm's stream is centred is nothing the model has."""
+    return lab.subject.input_norm(layer, direction.dtype).centre(direction)
 
 
 def _discrimination(lab: Lab, w: Tensor, layer: int) -> dict[str, float]:
