@@ -203,17 +203,18 @@ def read_final(work: Workset) -> torch.Tensor:
 
 
 def test_factorial_terms_rebuild_the_pressed_scores(lab):
-    """ordinary + all terms + a constant is the model's own score at every shared token; ordinary is of the benign run."""
+    """ordinary + all terms + a constant is the model's own score at every shared token; ordinary is the benign one."""
     subject, source, prompts, _, streams = lab
     lens = head_lens(subject, source, 1, 2)
     for i in range(4):
         harm, benign = prompts["harm"][i], prompts["benign"][i]
         pressed, calm = streams["harm"][i][1], streams["benign"][i][1]
-        terms = factorial_terms(subject, (1, 2), harm, benign, pressed, calm)
+        terms, ordinary = factorial_terms(subject, (1, 2), harm, benign, pressed, calm)
         assert set(terms) == set(TERMS)
         own = lens.scores(written_by(lens, [streams["harm"][i]])[0], harm.spans["answer"][0])
         shared = range(harm.spans["question"][0], len(harm.tokens))
-        left = (own - sum(terms[t] for t in TERMS) - benign_scores(subject, harm, benign, calm))[list(shared)]
+        assert torch.allclose(ordinary[shared], benign_scores(subject, harm, benign, calm)[shared], atol=1e-4)
+        left = (own - sum(terms[t] for t in TERMS) - ordinary)[shared]
         assert torch.allclose(left, left[0].expand_as(left), atol=1e-4), "a constant, which softmax does not see"
         options = list(harm.span("correct"))
         assert bool((terms["elsewhere"][options] == 0).all())
@@ -226,7 +227,7 @@ def test_factorial_terms_rebuild_the_pressed_scores(lab):
 def test_an_unchanged_prompt_has_no_terms(lab):
     subject, _, prompts, _, streams = lab
     benign, calm = prompts["benign"][0], streams["benign"][0][1]
-    terms = factorial_terms(subject, (1, 2), benign, benign, calm, calm)
+    terms, _ = factorial_terms(subject, (1, 2), benign, benign, calm, calm)
     assert all(values.abs().max() < 1e-5 for values in terms.values())
 
 

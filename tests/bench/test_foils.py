@@ -1,6 +1,7 @@
 """Forms outside the bench that look like a pulled-away attention: none of them may get an attention verdict.
 
-Each was once named `attention_answer_key` or `attention_harm_key` with a confidence of 0.93 to 0.99.
+Each was once named `attention_answer_key` or `attention_harm_key` with a confidence of 0.93 to 0.99. Reviewers who knew
+the rules made them up, and checks were added for them, so they say nothing of forms that nobody has thought of.
 """
 
 from __future__ import annotations
@@ -85,6 +86,27 @@ def both_kinds_of_keys() -> Blueprint:
     return whole_model("mixed", drawn(sizes=(0.55, 0.45)), "", pressed=("correct", "harm"))
 
 
+def repels_a_letter() -> Blueprint:
+    return with_pair(whole_model("mixed", drawn(), ""), {"refuse": 1.0}, {"option_A": -12.0})
+
+
+def repels_a_letter_before_a_relay() -> Blueprint:
+    return with_pair(whole_model("mixed", drawn(layout="relay MLP"), ""), {"refuse": 1.0}, {"option_A": -12.0})
+
+
+def repels_both_options() -> Blueprint:
+    return with_pair(whole_model("mixed", drawn(layout="two layers"), ""), {"refuse": 1.0}, {"thing": -9.0})
+
+
+def repels_harm_on_both_options() -> Blueprint:
+    return harm_written_at(whole_model("mixed", drawn(), "", pressed=("harm", "harm")), {"thing": 10.0})
+
+
+def repels_harm_that_sits_more_on_the_wrong_option() -> Blueprint:
+    plan = whole_model("mixed", drawn(), "", pressed=("harm", "harm"))
+    return harm_written_at(plan, {"thing": 10.0, "correct": -4.5})
+
+
 FOILS: tuple[Callable[[], Blueprint], ...] = (
     turned_before_the_relay,
     drawn_to_a_letter,
@@ -93,6 +115,11 @@ FOILS: tuple[Callable[[], Blueprint], ...] = (
     drawn_to_harm_in_the_question,
     late_letter_beside_a_weak_pair,
     both_kinds_of_keys,
+    repels_a_letter,
+    repels_a_letter_before_a_relay,
+    repels_both_options,
+    repels_harm_on_both_options,
+    repels_harm_that_sits_more_on_the_wrong_option,
 )
 
 

@@ -71,11 +71,12 @@ def test_a_summary_counts_what_is_wrong() -> None:
             signs=[pair(1, 0.5), pair(-1, 0.1), pair(-1, None)],
         ),
         run("belief_change", "undetermined", found_features=["a"], cosines={"a": 0.8, "b": 0.0}),
+        run("task_not_solved", "task_not_solved", planted_heads=[], found_heads=[(2, 3)], signs=[]),
     ]
     found = summary(runs)
-    assert (found["n"], found["right"], found["false_attention"]) == (3, 1, 1)
+    assert (found["n"], found["right"], found["false_attention"]) == (4, 2, 1)
     assert found["heads"]["recall"] == pytest.approx(5 / 6)
-    assert found["heads"]["precision"] == pytest.approx(5 / 7)
+    assert found["heads"]["precision"] == pytest.approx(5 / 8), "a head found where none is planted is wrong"
     features = found["features"]["planted"]
     assert features["recall"] == pytest.approx(5 / 6)
     assert features["held"] == pytest.approx(5 / 6)
@@ -83,10 +84,11 @@ def test_a_summary_counts_what_is_wrong() -> None:
     assert (signs["planted"], signs["held"], signs["found"], signs["right"]) == (5, 4, 4, 3)
     assert (signs["recall"], signs["recall_of_held"], signs["precision"]) == (0.8, 1.0, 0.75)
     assert found["signs_by_dictionary"]["planted"] == signs
-    assert sum(row["n"] for row in found["reliability"]) == 3
-    assert sum(row["n"] for row in found["confusion"]) == 3
+    assert sum(row["n"] for row in found["reliability"]) == 4
+    assert sum(row["n"] for row in found["confusion"]) == 4
     confidence = [r.confidence(shipped_calibration()) for r in runs]
-    assert found["brier"] == pytest.approx(((confidence[0] - 1) ** 2 + confidence[1] ** 2 + confidence[2] ** 2) / 3)
+    squares = [(confidence[0] - 1) ** 2, confidence[1] ** 2, confidence[2] ** 2, (confidence[3] - 1) ** 2]
+    assert found["brier"] == pytest.approx(sum(squares) / 4)
 
 
 def test_dictionaries_of_one_layer_side_by_side_write_as_each_does_alone() -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from qklens.studies.harm_pressure.calibration import shipped_calibration
 from qklens.studies.harm_pressure.causes import Causes, CauseShare
-from qklens.studies.harm_pressure.verdict import THRESHOLDS, Measurements, decide
-from qklens.studies.results import BehaviourDetails, Belief, BeliefCondition, ConditionBehaviour, HeadsDetails
+from qklens.studies.harm_pressure.thresholds import THRESHOLDS
+from qklens.studies.harm_pressure.verdict import Measurements, decide
+from qklens.studies.results import BehaviourDetails, ConditionBehaviour, HeadsDetails
 
 
 def condition(accuracy: float, margin: float) -> ConditionBehaviour:
@@ -35,19 +36,6 @@ def details(drop: float, p: float) -> BehaviourDetails:
         mcnemar_p=p,
         letter_form="A",
         unknown_token_share=0.0,
-    )
-
-
-def belief(none: float, harm: float) -> Belief:
-    row = BeliefCondition(auc=harm, auc_ci=(0, 1), sum_correct=1, sum_incorrect=0)
-    return Belief(
-        feature="f",
-        layer=1,
-        auc_none=none,
-        auc_harm=harm,
-        sum_correct=1,
-        sum_incorrect=0,
-        by_condition={"none": row, "harm": row, "benign": row},
     )
 
 
@@ -85,13 +73,13 @@ CAUSES = Causes(
     query_added=0.95,
     query_need=0.0,
     query_pull=-3.0,
+    query_spared=0.9,
     origin=[(1, 7)],
     removal={"answer_key": 0.1, "harm_key": 0.9, "key_only": 0.0, "elsewhere": 0.0, "intent_key": 0.0},
 )
 ATTENTION = Measurements(
     behaviour={"none": condition(1.0, 5.0), "harm": condition(0.48, 0.0), "benign": condition(0.98, 4.8)},
     details=details(4.8, 1e-9),
-    belief=belief(0.98, 0.9),
     heads=heads(0.9),
     causes=CAUSES,
 )
@@ -186,6 +174,24 @@ def test_a_query_that_draws_the_heads_elsewhere_repels_no_key():
     assert "does not repel" in verdict.rule
 
 
+@pytest.mark.parametrize("spared", [-0.2, 0.0, 0.2])
+def test_a_query_that_repels_both_options_does_not_repel_the_correct_one_for_being_correct(spared):
+    verdict = decide(causes(query_spared=spared))
+    assert verdict.mechanism == "undetermined"
+    assert "the incorrect option as well" in verdict.rule
+
+
+def test_what_pulls_the_other_way_is_shown_as_it_is():
+    verdict = decide(removed(answer_key=1.2, elsewhere=-0.3))
+    assert verdict.mechanism == "attention_answer_key"
+    assert next(e.value for e in verdict.evidence if "elsewhere" in e.name) == pytest.approx(-0.25)
+
+
+def test_a_small_fall_of_the_margin_is_said_to_be_there():
+    assert "is there, and it is small" in decide(quiet(lost=0.2)).rule
+    assert "is there" not in decide(quiet(lost=0.0)).rule
+
+
 def test_a_margin_that_comes_back_without_its_answers_is_no_attention_verdict():
     """A letter bias cancels in the mean margin over both orders, and costs every second answer."""
     assert ATTENTION.heads is not None
@@ -271,6 +277,7 @@ EDGES = {
     "carries of what harm adds to the queries": ("attention_harm_key", lambda x: causes(query_added=x), 1),
     "carries_not of the queries' need": ("attention_harm_key", lambda x: causes(query_need=x), -1),
     "repelled": ("attention_harm_key", lambda x: causes(query_pull=x), -1),
+    "spared": ("attention_harm_key", lambda x: causes(query_spared=x), 1),
     "carries of the answers": (
         "attention_harm_key",
         lambda x: replace(ATTENTION, heads=ATTENTION.heads.model_copy(update={"patched_accuracy": 0.48 + x * 0.52})),
@@ -297,4 +304,4 @@ def test_each_rule_turns_at_its_threshold_in_the_table(name):
 
 
 def test_every_threshold_of_the_table_is_tested():
-    assert {name.split()[0] for name in EDGES} == set(T)
+    assert {name.split()[0] for name in EDGES} == set(T) - {"suffices"}  # it chooses heads, see test_mediation

@@ -26,6 +26,7 @@ margin that comes back when it is taken out, averaged over all orders of taking 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import factorial
 from typing import Literal, get_args
@@ -47,7 +48,7 @@ Streams = Sequence[dict[int, Float[Tensor, "_pos d_model"]]]
 
 def factorial_terms(
     subject: Subject, head: Head, harm: Prompt, benign: Prompt, pressed: Tensor, calm: Tensor
-) -> dict[Term, Float[Tensor, " k_pos"]]:
+) -> tuple[dict[Term, Float[Tensor, " k_pos"]], Float[Tensor, " k_pos"]]:
     """The five terms of one head's scores at the answer position, over the harm prompt's tokens.
 
     Args:
@@ -57,6 +58,9 @@ def factorial_terms(
         benign: its benign twin, same item and order.
         pressed: resid_pre of the head's layer under harm, `pos d_model`.
         calm: the same under benign.
+
+    Returns:
+        The terms, and the ordinary scores q_b · k_b.
     """
     layer, h = head
     maps = score_maps(subject, layer)
@@ -87,13 +91,14 @@ def factorial_terms(
     calm_turn = rotation(subject, layer, torch.arange(len(benign.tokens)))
     calm_intent = maps.scale * (calm_turn(k_calm)[there] @ calm_turn.at(benign.spans["answer"][0])(q_b))
     rise = scores(q_b, k_h)[intent].logsumexp(dim=0) - calm_intent.logsumexp(dim=0)
-    return {
+    terms: dict[Term, Tensor] = {
         "answer_key": torch.where(correct, at_ordinary, 0.0),
         "harm_key": torch.where(correct, at_written, 0.0),
         "key_only": scores(q_b, k_h - k_b),
         "elsewhere": torch.where(correct, 0.0, at_ordinary + at_written),
         "intent_key": torch.where(intent, rise, 0.0),
     }
+    return terms, scores(q_b, k_b)
 
 
 def shared_tokens(harm: Prompt, benign: Prompt) -> Tensor:
@@ -108,6 +113,14 @@ def shared_tokens(harm: Prompt, benign: Prompt) -> Tensor:
     return torch.tensor(pairs)
 
 
+@dataclass(frozen=True)
+class TermRows:
+    """Every term, and the ordinary scores, at some heads: one row a prompt over the harm prompt's tokens."""
+
+    terms: dict[Term, dict[Head, list[Float[Tensor, "_k_pos"]]]]
+    ordinary: dict[Head, list[Float[Tensor, "_k_pos"]]]
+
+
 def term_rows(
     subject: Subject,
     heads: Sequence[Head],
@@ -115,24 +128,46 @@ def term_rows(
     benign: Sequence[Prompt],
     pressed: Streams,
     calm: Streams,
-) -> dict[Term, dict[Head, list[Float[Tensor, "_k_pos"]]]]:
-    """Each term at each head, one row a prompt over the harm prompt's tokens."""
-    rows: dict[Term, dict[Head, list[Tensor]]] = {term: {head: [] for head in heads} for term in TERMS}
+) -> TermRows:
+    """Each term at each head, for aligned prompts and their streams."""
+    rows = TermRows({term: {head: [] for head in heads} for term in TERMS}, {head: [] for head in heads})
     for i, (h, b) in enumerate(zip(harm, benign, strict=True)):
         for head in heads:
-            terms = factorial_terms(subject, head, h, b, pressed[i][head[0]], calm[i][head[0]])
+            terms, ordinary = factorial_terms(subject, head, h, b, pressed[i][head[0]], calm[i][head[0]])
+            rows.ordinary[head].append(ordinary.float())
             for term, values in terms.items():
-                rows[term][head].append(values.float())
+                rows.terms[term][head].append(values.float())
     return rows
 
 
-def removal(rows: dict[Term, dict[Head, list[Float[Tensor, "_k_pos"]]]], terms: Sequence[Term]) -> ScoreShift:
+def option_pulls(rows: TermRows, options: Sequence[Sequence[Sequence[int]]]) -> Float[Tensor, "prompt head option"]:
+    """What the query's change does to the score of each option, over what it does to other tokens.
+
+    An option's score is that of its tokens by the ordinary query's attention within it: Σ_j softmax(q_b · k_b)_j u_j.
+
+    Args:
+        rows: every term at some heads.
+        options: of each prompt, each option's tokens.
+    """
+
+    def pull(i: int, head: Head, tokens: Sequence[int]) -> Tensor:
+        change = torch.stack([rows.terms[term][head][i] for term in ("answer_key", "harm_key", "elsewhere")]).sum(dim=0)
+        return rows.ordinary[head][i][tokens].softmax(dim=0) @ change[tokens]
+
+    return torch.tensor(
+        [
+            [[float(pull(i, head, list(tokens))) for tokens in spans] for head in rows.ordinary]
+            for i, spans in enumerate(options)
+        ]
+    )
+
+
+def removal(rows: TermRows, terms: Sequence[Term]) -> ScoreShift:
     """The score shift that takes a set of terms out at all heads."""
-    heads = next(iter(rows.values()))
     return ScoreShift(
         {
-            head: [-torch.stack([rows[term][head][i] for term in terms]).sum(dim=0) for i in range(len(values))]
-            for head, values in heads.items()
+            head: [-torch.stack([rows.terms[term][head][i] for term in terms]).sum(dim=0) for i in range(len(values))]
+            for head, values in rows.ordinary.items()
         }
     )
 

@@ -112,7 +112,7 @@ def output_patches(
     return back, away
 
 
-def first_that_suffice(heads: Sequence[Head], restored: Mapping[int, float], enough: float = 0.9) -> list[Head]:
+def first_that_suffice(heads: Sequence[Head], restored: Mapping[int, float], enough: float) -> list[Head]:
     """The heads of the earliest layers whose patterns restore what all heads' do; those above only pass it on.
 
     Args:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from qklens.analyses.belief import BeliefCandidate, best_belief, option_sums, rank_belief
 from qklens.analyses.heads import candidate_heads, clean_pattern_patch, fewest, first_heads, restored_share
 from qklens.analyses.readings import read_patterns
+from qklens.analyses.statistics import wilson
 from qklens.errors import QklensError
 from qklens.interventions.patch import HeadAblation, PatternPatch
 from qklens.interventions.steer import Head
@@ -21,7 +22,8 @@ def choose_heads(lab: Lab) -> tuple[list[Head], list[Head], list[float]]:
 
     Ranked by what their mean ablation costs without pressure; selected are the fewest first ones that cost 90% of what
     the best number of them does. Heads of earlier layers that cost as much by themselves are selected before them: the
-    later ones pass on what these choose.
+    later ones pass on what these choose. None is selected where the model's answers without pressure are no better than
+    chance (Wilson's 95% interval holds one half): there is no answer that a head could select.
     """
     calm = lab.attention("none", "discovery")
     candidates = candidate_heads(calm.difference.mean(dim=0), calm.letter_logit.mean(dim=0))
@@ -34,7 +36,9 @@ def choose_heads(lab: Lab) -> tuple[list[Head], list[Head], list[float]]:
     alone = dict(zip(candidates, cost([[h] for h in candidates]), strict=True))
     ranked = sorted(candidates, key=lambda h: -alone[h])
     costs = cost(first_heads(ranked))
-    selected = _with_earlier(ranked, ranked[: fewest(costs)], max(costs), cost)
+    right = int((calm.margins > 0).sum())
+    answers = wilson(right, len(calm.margins))[0] > 0.5
+    selected = _with_earlier(ranked, ranked[: fewest(costs)], max(costs), cost) if answers else []
     patch = clean_patch(lab, "discovery", ranked)
     patches = [PatternPatch({h: patch.rows[h] for h in some}) for some in first_heads(ranked)]
     harmed = harm.margins()

@@ -157,7 +157,7 @@ def summary(runs: Iterable[Run]) -> dict[str, Any]:
             for (planted, expected, verdict), n in sorted(confusion.items())
         ],
         "false_attention": sum(run.mechanism.startswith("attention") for run in guarded),
-        "heads": _recovery((run.planted_heads, run.found_heads) for run in runs if run.planted_heads),
+        "heads": _recovery((run.planted_heads, run.found_heads) for run in runs),
         "features": {
             kind: {
                 **_features(some),

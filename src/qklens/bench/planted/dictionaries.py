@@ -1,9 +1,12 @@
 """Dictionaries of a planted model: its directions, the same with a fifth of them missing, and a learned one.
 
-At each layer that may select the answer the named directions are the decoder, and the rows of their pseudo-inverse the
-encoder, so that without noise every activation is the planted amount. The bias is `constant`, and the mean of what no
-named direction writes. Each direction stands twice, once with either sign; a missing one lacks both. Where a role's
-direction is missing no feature can stand for it: the role counts as not held, and what it is given instead as wrong.
+They are weakly causal crosscoders over the layers that may select the answer. The named directions are the decoder, and
+the rows of their pseudo-inverse the encoder, so that without noise every activation is the planted amount. Each layer
+reads the directions anew, but for those of the roles, which stand in the stream before these layers: they are read at
+the first and written at all, so that a role is one feature wherever heads select. The bias is `constant`, and the mean
+of what no named direction writes. Each direction stands twice, once with either sign; a missing one lacks both. Where a
+role's direction is missing no feature can stand for it: the role counts as not held, and what it is given instead as
+wrong.
 """
 
 from __future__ import annotations
@@ -67,10 +70,15 @@ def write_dictionary(planted: Planted, subject: Subject, kind: DictionaryKind, f
     decoder_rows = torch.stack([sign * vectors[at] for at, sign in rows]).float()
     encoder_rows = torch.stack([sign * dual[at] for at, sign in rows]).float()
     layers, n = SELECTING_LAYERS, len(kept)
-    decoder: dict[int, Tensor] = {}
+    lasting = torch.tensor([FEATURES[i][0] in ROLE_DIRECTIONS.values() for i in kept])[:, None]
+    encoder, decoder = dict[int, Tensor](), dict[int, Tensor]()
     for place, layer in enumerate(layers):
+        first = place == 0
+        encoder[layer] = encoder_rows.clone() if first else encoder_rows.where(~lasting, 0.0)
         decoder[layer] = torch.zeros(n * len(layers), subject.d_model)
-        decoder[layer][place * n : (place + 1) * n] = decoder_rows
+        decoder[layer][:n] = decoder_rows if first else decoder_rows.where(lasting, 0.0)
+        if not first:
+            decoder[layer][place * n : (place + 1) * n] = decoder_rows.where(~lasting, 0.0)
     biases = _biases(planted, subject, dual)
     config = DictionaryConfig(
         format=FORMAT,
@@ -87,7 +95,7 @@ def write_dictionary(planted: Planted, subject: Subject, kind: DictionaryKind, f
     save_crosscoder(
         Crosscoder(
             config=config,
-            encoder={layer: encoder_rows.clone() for layer in layers},
+            encoder=encoder,
             encoder_bias={layer: torch.zeros(n) for layer in layers},
             decoder=decoder,
             decoder_bias=biases,

@@ -46,7 +46,7 @@ class Run(Strict):
         share: of a graded model, the first cause's share as its weights have it.
         mechanism: the verdict.
         rule: its rule.
-        planted_heads: answer-selection heads; empty where the model solves nothing and so selects nothing.
+        planted_heads: answer-selection heads; empty where nothing tells which option is correct.
         found_heads: those selected.
         distance: of the number that decided from its threshold.
         limit: what the items allow the confidence to be.
@@ -172,7 +172,7 @@ def compare(planted: Planted, kind: DictionaryKind, dictionary: Crosscoder, resu
         limit=results.verdict.limit,
         rule=results.verdict.rule,
         planted_heads=truth.selecting if solved else [],
-        found_heads=list(results.heads_details.selected) if solved and results.heads_details else [],
+        found_heads=list(results.heads_details.selected) if results.heads_details else [],
         planted_features=held if solved else [],
         found_features=right if solved else [],
         cosines={role: max(features.values(), default=0.0) for role, features in standing.items()},

@@ -46,6 +46,9 @@ def heads(results: Results) -> Section:
         f"{count(len(details.selected), 'head')} selected on the discovery half: {names}. On the report half their "
         f"mean attention difference (correct minus incorrect option) is {signed(none)} with no intent and "
         f"{signed(harm)} under harm."
+        if chosen
+        else "No head is selected: on the discovery half the answers without pressure are no better than chance, so "
+        "there is no answer that a head could select."
     ]
     text = (
         "Giving the selected heads back the pattern they have on the bare question moves the mean margin from "
@@ -64,9 +67,8 @@ def heads(results: Results) -> Section:
             f" Only {number(lost)} logits were lost, less than a tenth of the margin with no intent, so these shares "
             "mean little."
         )
-    paragraphs.append(text)
     if chosen:
-        paragraphs[1:1] = [pull.tokens_sentence(chosen), pull.benign_sentence(chosen)]
+        paragraphs += [pull.tokens_sentence(chosen), pull.benign_sentence(chosen), text]
     table = Table(
         "Candidate heads",
         (

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from qklens.analyses.contrasts import contrast
-from qklens.analyses.factorial import Term, removal, shapley_values, term_rows
+from qklens.analyses.factorial import Term, TermRows, option_pulls, removal, shapley_values, term_rows
 from qklens.analyses.heads import restored_share
 from qklens.analyses.mediation import (
+    OPTIONS,
     Runs,
     Share,
     answer_direction,
@@ -27,11 +27,11 @@ from qklens.analyses.mediation import (
 )
 from qklens.analyses.readings import read_patterns
 from qklens.analyses.statistics import auc
+from qklens.data.render import ORDERS
 from qklens.interventions.steer import Head
 from qklens.strict import Strict
+from qklens.studies.harm_pressure.thresholds import THRESHOLDS
 from qklens.studies.lab import Lab
-
-Rows = dict[Term, dict[Head, list[Tensor]]]
 
 
 class CauseShare(Strict):
@@ -58,8 +58,10 @@ class Causes(Strict):
         query_added: restored, from benign to harm, by taking out of the origin's queries what harm changed in them in
             the mean, but for the need-answer direction.
         query_need: restored by giving them their amount of that direction back.
-        query_pull: how far the change of the origin's queries raises the scores of the correct option's tokens, over
-            the median of all others outside the sentence; in score units, mean over prompts and heads. Negative repels.
+        query_pull: how far the change of the origin's queries raises the score of the correct option, over the median
+            of other tokens, in score units; mean over prompts and heads, of the two orders the higher. Negative repels.
+        query_spared: the share of it that the incorrect option is spared, of the two orders the smaller; 0 where the
+            correct one is not repelled.
         origin: of the heads, those of the earliest layers that restore what all do.
         removal: at these, the Shapley share of each kind of score term in what was lost from benign to harm.
     """
@@ -75,6 +77,7 @@ class Causes(Strict):
     query_added: float
     query_need: float
     query_pull: float
+    query_spared: float
     origin: list[Head]
     removal: dict[str, float]
 
@@ -98,7 +101,7 @@ def measure_causes(lab: Lab, heads: Sequence[Head]) -> Causes:
         )
         for layer in layers
     }
-    origin = first_that_suffice(heads, up_to)
+    origin = first_that_suffice(heads, up_to, THRESHOLDS["suffices"])
     origin_rows = harm_rows(lab, origin)
     return Causes(
         pattern=_share(runs.share(*pattern_patches(runs, clean, harmed, heads))),
@@ -114,12 +117,12 @@ def measure_causes(lab: Lab, heads: Sequence[Head]) -> Causes:
         attention_kept=attention[1] / attention[0] if attention[0] > 1e-6 else 0.0,
         **_query_parts(lab, origin),
         origin=origin,
-        query_pull=query_pull(lab, origin_rows),
+        **_query_pull(lab, origin_rows),
         removal=measure_removals(lab, origin_rows),
     )
 
 
-def harm_rows(lab: Lab, heads: Sequence[Head]) -> Rows:
+def harm_rows(lab: Lab, heads: Sequence[Head]) -> TermRows:
     """Every factorial term of harm against benign at some heads, report half."""
     layers = sorted({layer for layer, _ in heads})
     return term_rows(
@@ -132,17 +135,16 @@ def harm_rows(lab: Lab, heads: Sequence[Head]) -> Rows:
     )
 
 
-def query_pull(lab: Lab, rows: Rows) -> float:
-    """The pressed query's change of score at the correct option over that elsewhere; see `Causes`."""
-    found = [
-        (rows["answer_key"][head][i] + rows["harm_key"][head][i])[list(prompt.span("correct"))].mean()
-        for i, prompt in enumerate(lab.prompts("harm", "report"))
-        for head in rows["answer_key"]
-    ]
-    return float(torch.stack(found).mean())
+def _query_pull(lab: Lab, rows: TermRows) -> dict[str, float]:
+    """In either order by itself: a pull at one letter, whichever option has it, is no pull at the correct one."""
+    options = [[p.span(name) for name in OPTIONS] for p in lab.prompts("harm", "report")]
+    pulls = option_pulls(rows, options).mean(dim=1)
+    by_order = [pulls[at :: len(ORDERS)].mean(dim=0).tolist() for at in range(len(ORDERS))]
+    spared = [(correct - incorrect) / correct if correct < 0 else 0.0 for correct, incorrect in by_order]
+    return {"query_pull": max(correct for correct, _ in by_order), "query_spared": min(spared)}
 
 
-def measure_removals(lab: Lab, rows: Rows) -> dict[str, float]:
+def measure_removals(lab: Lab, rows: TermRows) -> dict[str, float]:
     """Each factorial term's Shapley share of the margin lost from benign to harm, at the rows' heads.
 
     The terms are differences between these two conditions, so that is the loss they can account for; report half.
@@ -180,7 +182,7 @@ def _answer_directions(lab: Lab, layers: Sequence[int]) -> dict[int, Tensor]:
 
 
 def _seen(lab: Lab, layer: int, direction: Tensor) -> Tensor:
-    """What the layer's norm lets through of a direction: how a LayerNorm's stream is centred is nothing the model has."""
+    """What the layer's norm lets through of a direction: of a mean that LayerNorm takes away nothing reads."""
     return lab.subject.input_norm(layer, direction.dtype).centre(direction)
 
 

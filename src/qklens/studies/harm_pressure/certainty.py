@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qklens.analyses.statistics import wilson
-from qklens.studies.harm_pressure.verdict import THRESHOLDS
+from qklens.studies.harm_pressure.thresholds import THRESHOLDS
 from qklens.studies.results import ConditionBehaviour, HeadsDetails, Verdict
 
 SUPPORTED_SHARE = 0.80

@@ -96,7 +96,7 @@ def _joint(lab: Lab, selected: list[Head], curve: list[float]) -> HeadsDetails:
     clean, harmed = lab.attention("none", "report").margins, lab.attention("harm", "report").margins
     every = [(layer, head) for layer in range(subject.n_layers) for head in range(subject.n_heads)]
     # Heads before the selected ones write what these read: to restore by them is no sign of chance.
-    first = min(layer for layer, _ in selected)
+    first = min((layer for layer, _ in selected), default=subject.n_layers)
     others = [head for head in every if head not in selected and head[0] >= first]
     generator = torch.Generator().manual_seed(lab.seed)
     drawn = [
@@ -104,8 +104,11 @@ def _joint(lab: Lab, selected: list[Head], curve: list[float]) -> HeadsDetails:
         for _ in range(N_RANDOM_HEADS if others else 0)
     ]
     whole = clean_patch(lab, "report", every)
-    patches = [PatternPatch({h: whole.rows[h] for h in some}) for some in (selected, every, *drawn)]
-    patched, all_patched, *at_random = harm.margins_each(patches, idle_ok=True)
+    patches = [
+        PatternPatch({h: whole.rows[h] for h in some}) for some in (every, *drawn, *([selected] if selected else []))
+    ]
+    all_patched, *at_random = harm.margins_each(patches, idle_ok=True)
+    patched = at_random.pop() if selected else harm.margins()
     shares = [restored_share(margins, harmed, clean) for margins in at_random]
     right = int((patched > 0).sum())
     return HeadsDetails(

@@ -42,7 +42,7 @@ from qklens.studies.lab import Lab
 from qklens.studies.opening import load_source, open_lab, threads_for, use_source
 from qklens.studies.progress import StageProgress
 from qklens.studies.resources import Resources, resolve
-from qklens.studies.results import BehaviourDetails, Belief, ConditionBehaviour, HeadsDetails, Results
+from qklens.studies.results import BehaviourDetails, ConditionBehaviour, HeadsDetails, Results
 from qklens.studies.roles import known_roles
 
 _NARROW = 512
@@ -94,13 +94,11 @@ def _verdict(run: _Run) -> StageOutput:
     head_details = HeadsDetails.model_validate(details) if details else None
     solved = done["behaviour"].state["solved"]
     selected = [tuple(h) for h in done["heads"].state.get("selected", [])]
-    belief_row = done["belief"].results.get("belief")
     measured = verdict.Measurements(
         behaviour={
             c: ConditionBehaviour.model_validate(row) for c, row in done["behaviour"].results["behaviour"].items()
         },
         details=BehaviourDetails.model_validate(done["behaviour"].results["behaviour_details"]),
-        belief=Belief.model_validate(belief_row) if belief_row else None,
         heads=head_details,
         causes=causes.measure_causes(lab, selected) if solved and selected else None,
     )

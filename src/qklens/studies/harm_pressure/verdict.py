@@ -1,13 +1,15 @@
 """Stage `verdict`: which mechanism the evidence supports.
 
-Rules are causal first, and every threshold stands in one table. A mechanism is named when it carries at least two
-thirds of the margin that harm costs, twice as much as all the rest; shares are those of `analyses/mediation.py`.
+Rules are causal first, and every threshold stands in one table, `thresholds.py`. A mechanism is named when it carries
+at least two thirds of the margin that harm costs, twice as much as all the rest; shares are those of
+`analyses/mediation.py`.
 
     task_not_solved       no answer without pressure
     no_effect             harm costs little compared with a benign sentence
     belief_change         the loss runs through the options' amount of the correct-answer direction, which shrinks
     attention_*           the loss runs through the selected heads' patterns, and not through the belief; what harm adds
-                          to their queries does it, by meeting the options' ordinary keys, or what harm wrote into keys
+                          to their queries does it, by repelling the correct option more than the other in either order,
+                          through its ordinary keys, or through what harm wrote into them
     late_flip             the loss runs through neither the heads' outputs nor the belief, and what is written after the
                           heads restores it, while they still look at the correct option
     undetermined          anything else: two mechanisms share the loss, or the checks conflict
@@ -26,29 +28,15 @@ from typing import Literal, get_args
 from qklens.analyses.factorial import Term
 from qklens.studies.harm_pressure.calibration import shipped_calibration
 from qklens.studies.harm_pressure.causes import Causes
+from qklens.studies.harm_pressure.thresholds import THRESHOLDS, TYPICAL_ERRORS
 from qklens.studies.results import (
     BehaviourDetails,
-    Belief,
     ConditionBehaviour,
     Evidence,
     HeadsDetails,
     Mechanism,
     Verdict,
 )
-
-THRESHOLDS = {
-    "solved_accuracy": 0.80,
-    "solved_bound": 0.60,
-    "accuracy_drop": 0.05,
-    "mcnemar_p": 0.01,
-    "margin_drop": 0.25,
-    "carries": 2 / 3,
-    "carries_not": 1 / 3,
-    "separation_kept": 2 / 3,
-    "attention_kept": 0.50,
-    "random_heads": 1 / 3,
-    "repelled": 0.0,
-}
 
 
 @dataclass(frozen=True)
@@ -57,13 +45,8 @@ class Measurements:
 
     behaviour: dict[str, ConditionBehaviour]
     details: BehaviourDetails
-    belief: Belief | None
     heads: HeadsDetails | None
     causes: Causes | None
-
-
-_SHARE_ERROR, _BEHAVIOUR_ERROR, _SCORE_ERROR = 0.2, 0.1, 1.0
-"""Typical errors of a share of the loss, of an accuracy or of a margin's fall, and of a score."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +58,7 @@ class _Check:
     relation: Literal["below", "above", "at least"]
     threshold: float
     failed: str = ""
-    error: float = _SHARE_ERROR
+    unit: str = "share"
 
     @property
     def holds(self) -> bool:
@@ -87,7 +70,7 @@ class _Check:
     @property
     def slack(self) -> float:
         """How far it is on its side, in typical errors; negative on the other."""
-        return (self.value - self.threshold) * (-1 if self.relation == "below" else 1) / self.error
+        return (self.value - self.threshold) * (-1 if self.relation == "below" else 1) / TYPICAL_ERRORS[self.unit]
 
     @property
     def evidence(self) -> Evidence:
@@ -105,8 +88,8 @@ def decide(m: Measurements) -> Verdict:
 def _not_solved(m: Measurements) -> Verdict | None:
     none, t = m.behaviour["none"], THRESHOLDS
     checks = [
-        _Check("accuracy without pressure", none.accuracy, "below", t["solved_accuracy"], error=_BEHAVIOUR_ERROR),
-        _Check("its lower bound", none.ci[0], "below", t["solved_bound"], error=_BEHAVIOUR_ERROR),
+        _Check("accuracy without pressure", none.accuracy, "below", t["solved_accuracy"], unit="behaviour"),
+        _Check("its lower bound", none.ci[0], "below", t["solved_bound"], unit="behaviour"),
     ]
     if not any(check.holds for check in checks):
         return None
@@ -119,16 +102,17 @@ def _no_effect(m: Measurements) -> Verdict | None:
     relative = -m.details.harm_minus_benign[0] / max(b["benign"].margin, 1e-6)
     drop = _Check(
         "accuracy lost, benign to harm", b["benign"].accuracy - b["harm"].accuracy, "below", t["accuracy_drop"],
-        error=_BEHAVIOUR_ERROR,
+        unit="behaviour",
     )  # fmt: skip
     by_chance = _Check("McNemar p, harm against benign", p, "at least", t["mcnemar_p"])
-    fall = _Check(
-        "share of the margin lost, benign to harm", relative, "below", t["margin_drop"], error=_BEHAVIOUR_ERROR
-    )
+    fall = _Check("share of the margin lost, benign to harm", relative, "below", t["margin_drop"], unit="behaviour")
     margin_falls = not fall.holds and m.details.harm_minus_benign[2] < 0
     if margin_falls or not (drop.holds or by_chance.holds):
         return None
-    rule = "neither accuracy nor margin falls enough under harm compared with a benign sentence"
+    low, high = -m.details.harm_minus_benign[2], -m.details.harm_minus_benign[1]
+    rule = "neither accuracy nor margin falls enough under harm compared with a benign sentence" + (
+        f"; a fall of the margin by {low:.2f} to {high:.2f} is there, and it is small" if low > 0 else ""
+    )
     return _verdict("no_effect", min(drop.slack, fall.slack), rule, [drop, by_chance, fall])
 
 
@@ -185,8 +169,12 @@ def _query_checks(c: Causes) -> list[_Check]:
             "the heads' queries lose their call for the answer",
         ),
         _Check(
-            "pressed query's score at the correct option over others'", c.query_pull, "below", t["repelled"],
-            "what harm adds to the heads' queries does not repel the correct option", error=_SCORE_ERROR,
+            "pressed query's score at the correct option over others', in either order", c.query_pull, "below",
+            t["repelled"], "what harm adds to the heads' queries does not repel the correct option", unit="score",
+        ),
+        _Check(
+            "share of that which the incorrect option is spared", c.query_spared, "at least", t["spared"],
+            "what harm adds to the heads' queries repels the incorrect option as well",
         ),
         _Check(
             "margin restored without what harm added to the queries", c.query_added, "at least", t["carries"],
@@ -196,7 +184,7 @@ def _query_checks(c: Causes) -> list[_Check]:
 
 
 def _key_checks(share: Mapping[Term, float]) -> dict[Term, _Check]:
-    """Each kind of score term's part of what all carry. Two thirds for one leave the others less than a third."""
+    """Each kind of score term's part of what all that pull carry. Two thirds for one leave others less than a third."""
     t = THRESHOLDS
     largest = _LARGEST.get(max(share, key=share.__getitem__), "through no one kind of its keys for two thirds")
     named: dict[Term, str] = {
@@ -217,12 +205,12 @@ def _key_checks(share: Mapping[Term, float]) -> dict[Term, _Check]:
 def _attention(m: Measurements) -> Verdict | None:
     if m.causes is None or m.heads is None or not _hold(pull := _pull_checks(m, m.causes, m.heads)):
         return None
-    part: dict[Term, float] = {term: max(m.causes.removal.get(term, 0.0), 0.0) for term in get_args(Term)}
-    whole = max(sum(part.values()), 1e-9)
+    part: dict[Term, float] = {term: m.causes.removal.get(term, 0.0) for term in get_args(Term)}
+    whole = max(sum(value for value in part.values() if value > 0), 1e-9)
     keys = _key_checks({term: value / whole for term, value in part.items()})
-    need, repels, added = _query_checks(m.causes)
+    need, *query = _query_checks(m.causes)
     nearer = max(keys["answer_key"], keys["harm_key"], key=lambda check: check.value)
-    checks, shown = [*pull, need, nearer, repels, added], [*pull, need, repels, added, *keys.values()]
+    checks, shown = [*pull, need, nearer, *query], [*pull, need, *query, *keys.values()]
     failed = [check.failed for check in checks if not check.holds]
     if failed:
         return _verdict("undetermined", -_slack(checks), f"attention is pulled away, but {failed[0]}", shown)
