@@ -130,14 +130,17 @@ def test_the_query_is_given_back_along_need_and_across_it(tmp_path: Path, mechan
     work = {c: Workset(load_subject(planted.folder), asked[c]) for c in asked}
     w = planted.basis["need"].float()
     sides = [(asked[c], read_streams(work[c], [layer])) for c in asked]
-    ours = work["harm"].margins_each(query_shifts(heads, {layer: w}, *sides), idle_ok=True)
+    ours = work["harm"].margins_each(query_shifts(work["harm"].subject, heads, {layer: w}, *sides), idle_ok=True)
     x = {c: [s[-1] for s in streams(model, asked[c], layer)] for c in asked}
     unit = w.double() / w.double().norm()
     mean = torch.stack([calm - pressed for pressed, calm in zip(x["harm"], x["benign"], strict=True)]).mean(dim=0)
+    common = mean - (mean @ unit) * unit
+    common = common / common.norm()
     for mine, along in zip(ours, (True, False), strict=True):
         by_hand = []
         for prompt, pressed, calm in zip(asked["harm"], x["harm"], x["benign"], strict=True):
-            to = pressed + (((calm - pressed) @ unit) * unit if along else mean - (mean @ unit) * unit)
+            on = unit if along else common
+            to = pressed + ((calm - pressed) @ on) * on
             by_hand.append(with_queries(model, prompt, dict.fromkeys(heads, to)))
         torch.testing.assert_close(mine, torch.stack(by_hand), atol=1e-4, rtol=1e-4)
         harmed, clean = margins(model, asked["harm"]).mean(), margins(model, asked["benign"]).mean()

@@ -9,15 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from qklens.analyses.readings import read_streams
 from qklens.bench.planted.bench import DEVELOPMENT, HELD_OUT, SEEDS, run_bench, summary, tasks
 from qklens.bench.planted.blueprint import NAMES
-from qklens.bench.planted.dictionaries import DICTIONARY_KINDS, missing_directions
-from qklens.bench.planted.learned import TRAINING, learn_layer, side_by_side
-from qklens.bench.planted.mechanisms import MECHANISMS
+from qklens.bench.planted.dictionaries import (
+    DICTIONARY_KINDS,
+    missing_directions,
+    role_features,
+    write_dictionary,
+)
+from qklens.bench.planted.folder import Spec, planted_model
+from qklens.bench.planted.learned import TRAINING, learn
+from qklens.bench.planted.mechanisms import MECHANISMS, SELECTING_LAYERS
 from qklens.bench.planted.noise import LEVELS
 from qklens.bench.planted.runs import Run
 from qklens.bench.planted.weights import ARCHITECTURES
+from qklens.bench.planted.words import planted_prompts
+from qklens.dictionaries.crosscoder import load_crosscoder
 from qklens.errors import QklensError
+from qklens.interventions.engine import Workset
+from qklens.models.loading import load_subject
 from qklens.studies.harm_pressure.calibration import shipped_calibration
 
 
@@ -71,7 +82,16 @@ def test_a_summary_counts_what_is_wrong() -> None:
             signs=[pair(1, 0.5), pair(-1, 0.1), pair(-1, None)],
         ),
         run("belief_change", "undetermined", found_features=["a"], cosines={"a": 0.8, "b": 0.0}),
-        run("task_not_solved", "task_not_solved", planted_heads=[], found_heads=[(2, 3)], signs=[]),
+        run(
+            "task_not_solved",
+            "task_not_solved",
+            planted_heads=[],
+            found_heads=[(2, 3)],
+            planted_features=[],
+            found_features=[],
+            cosines={},
+            signs=[],
+        ),
     ]
     found = summary(runs)
     assert (found["n"], found["right"], found["false_attention"]) == (4, 2, 1)
@@ -91,18 +111,35 @@ def test_a_summary_counts_what_is_wrong() -> None:
     assert found["brier"] == pytest.approx(sum(squares) / 4)
 
 
-def test_dictionaries_of_one_layer_side_by_side_write_as_each_does_alone() -> None:
+@pytest.mark.parametrize("kind", ["planted", "missing"])
+def test_a_role_is_one_feature_wherever_heads_select_and_has_its_planted_amount(tmp_path: Path, kind) -> None:
+    spec = Spec(mechanism="attention_answer_key", architecture="llama", noise=0, seed=1)
+    planted = planted_model(spec, tmp_path / "models")
+    subject = load_subject(planted.folder)
+    source = load_crosscoder(write_dictionary(planted, subject, kind, tmp_path / kind))
+    first, last = SELECTING_LAYERS
+    names = {role: sorted(features) for role, features in role_features(planted, source, first).items()}
+    assert names == {role: sorted(features) for role, features in role_features(planted, source, last).items()}
+    held = [len(labels) for labels in names.values()]
+    assert held == [1] * 4 if kind == "planted" else max(held) == 1
+    prompts = planted_prompts("harm")[:4]
+    for stream, prompt in zip(read_streams(Workset(subject, prompts), SELECTING_LAYERS), prompts, strict=True):
+        amounts = source.encode(last, lambda at, stream=stream: stream[at])
+        for role, place in (("correct_answer", prompt.span("correct")), ("refuse_redirect", prompt.spans["answer"])):
+            for label in names[role]:
+                of = amounts[list(place), source.labels.index(label)].max()
+                assert float(of) == pytest.approx(1.0, abs=0.1), "as the blueprint writes it"
+
+
+def test_a_learned_dictionary_is_a_crosscoder_of_the_selecting_layers() -> None:
     generator = torch.Generator().manual_seed(0)
-    rows = {layer: torch.randn(300, 8, generator=generator) for layer in (2, 3)}
-    quick = TRAINING.model_copy(update={"features": 12, "steps": 30, "batch": 64})
-    alone = [learn_layer(layer, rows[layer], "x", quick) for layer in rows]
-    both = side_by_side(alone)
-    for layer, one in zip(rows, alone, strict=True):
-        x = rows[layer][:5]
-        mine = both.decode(layer, both.encode(layer, lambda at, x=x, layer=layer: x if at == layer else 0 * x))
-        its = one.decode(layer, one.encode(layer, lambda _, x=x: x))
-        assert float((its - its.mean(dim=0)).abs().max()) > 0.1
-        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+    rows = {layer: torch.randn(300, 8, generator=generator) for layer in SELECTING_LAYERS}
+    quick = TRAINING.model_copy(update={"features": 12, "steps": 30, "sparsity_warmup_steps": 15, "batch": 64})
+    found = learn(rows, "x", quick)
+    assert found.layers == SELECTING_LAYERS
+    written = found.directions(SELECTING_LAYERS[1])
+    assert bool(written[:12].any(dim=1).all()), "what the first layer reads is written at both"
+    assert bool(written[12:].any())
 
 
 def test_a_fifth_of_the_directions_is_missing_in_both_signs_and_every_role_somewhere() -> None:
@@ -124,9 +161,8 @@ def test_the_small_bench(tmp_path: Path) -> None:
     assert part["heads"]["precision"] >= 0.95
     signs = part["signs_by_dictionary"]["planted"]
     assert signs["planted"] == signs["held"] >= 3
-    assert part["signs"]["found"] >= 6
-    # A learned feature may be part of another role's: there the README counts a wrong sign on either side.
-    assert all(s["right"] == s["found"] for kind, s in part["signs_by_dictionary"].items() if kind != "learned")
+    assert part["signs"]["found"] >= 12
+    assert part["signs"]["right"] == part["signs"]["found"] == part["signs"]["held"]
     assert {r["dictionary"] for r in found["runs"]} == set(DICTIONARY_KINDS)
     assert json.loads((tmp_path / "bench.json").read_text())["development"] == json.loads(json.dumps(part))
     for name in ("confusion", "reliability"):

@@ -168,6 +168,7 @@ def component_patch(
 
 
 def query_shifts(
+    subject: Subject,
     heads: Sequence[Head],
     need: Mapping[int, Float[Tensor, " d_model"]],
     harm: tuple[Sequence[Prompt], Sequence[dict[int, Tensor]]],
@@ -175,38 +176,39 @@ def query_shifts(
 ) -> tuple[StreamShift, StreamShift]:
     """Give heads' queries at the answer what they had without harm: along the call for an answer, and across it.
 
-    δ = x_calm − x_harm at the answer, in resid_pre of the heads' layers. Along: (⟨δ, w⟩ / ⟨w, w⟩) w, each prompt its
-    own. Across: what is left of the mean δ over prompts, the same for all of them. A feature that harm adds is common
-    to all items and orders; a letter that was turned before these heads read it is not.
+        δ = C (x_calm − x_harm) at the answer, in resid_pre of the heads' layers
+        along     (⟨δ, w⟩ / ⟨w, w⟩) w
+        across    (⟨δ, m⟩ / ⟨m, m⟩) m,   m = mean of δ over prompts, less its part along w
+
+    Each prompt has its own amounts of directions that all share. A feature that harm adds is common to all items and
+    orders, if not equally strong in each; a letter that was turned before these heads read it cancels in m.
 
     Args:
+        subject: the model, whose norms say what C is: centring under LayerNorm.
         heads: whose queries read it; their keys and all else stay as they are.
-        need: per layer, the need-answer direction w.
+        need: per layer, the need-answer direction w, as the norm lets it through.
         harm: the prompts under harm and their streams.
         calm: the same items and orders without, and theirs.
 
     Returns:
         The shift along w, and the shift across it.
     """
-    shifts: tuple[dict[int, list[Tensor]], ...] = ({layer: [] for layer in need}, {layer: [] for layer in need})
-    mean = {
-        layer: torch.stack(
+    shifts: tuple[dict[int, list[Tensor]], ...] = ({}, {})
+    for layer, w in need.items():
+        change = torch.stack(
             [
                 clean[layer][other.spans["answer"][0]] - pressed[layer][prompt.spans["answer"][0]]
                 for prompt, pressed, other, clean in zip(*harm, *calm, strict=True)
             ]
-        ).mean(dim=0)
-        for layer in need
-    }
-    across = {layer: mean[layer] - (mean[layer] @ w) / w.pow(2).sum() * w for layer, w in need.items()}
-    for prompt, pressed, other, clean in zip(*harm, *calm, strict=True):
-        at, there = prompt.spans["answer"][0], other.spans["answer"][0]
-        for layer, w in need.items():
-            own = clean[layer][there] - pressed[layer][at]
-            along = (own @ w) / w.pow(2).sum() * w
-            for mine, part in zip(shifts, (along, across[layer]), strict=True):
+        )
+        change = subject.input_norm(layer, change.dtype).centre(change)
+        mean = change.mean(dim=0)
+        for mine, along in zip(shifts, (w, mean - (mean @ w) / w.pow(2).sum() * w), strict=True):
+            amounts = change @ along / along.pow(2).sum().clamp(min=1e-12)
+            mine[layer] = []
+            for prompt, pressed, amount in zip(*harm, amounts, strict=True):
                 rows = torch.zeros_like(pressed[layer])
-                rows[at] = part
+                rows[prompt.spans["answer"][0]] = amount * along
                 mine[layer].append(rows)
     first, second = (
         StreamShift(label, mine, tuple(heads), "query", ("answer",))

@@ -39,6 +39,8 @@ class LayerReport:
         query_edit_error: scores under an edit of what W_Q reads at the last token against their closed form.
         key_edit_error: the same for W_K at one earlier token.
         pattern_effect: how much a uniform pattern at the last token moves the logits.
+        rounding: what rounding alone may be of the score errors, see `LayerCheck`.
+        pattern_rounding: the same of the pattern's.
     """
 
     layer: int
@@ -48,6 +50,8 @@ class LayerReport:
     query_edit_error: float
     key_edit_error: float
     pattern_effect: float
+    rounding: float
+    pattern_rounding: float
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,12 @@ class FullCheck:
         for row in self.layers:
             errors = {name: getattr(row, name) for name in _LAYER_ERRORS}
             where = f"layer {row.layer}: "
-            found += [f"{where}{_said(name)} {e:.1e}" for name, e in errors.items() if not e <= self.tolerance]
+            rounding = {"pattern_error": row.pattern_rounding, "row_sum_error": 0.0}
+            found += [
+                f"{where}{_said(name)} {e:.1e}"
+                for name, e in errors.items()
+                if not e <= self.tolerance + rounding.get(name, row.rounding)
+            ]
             if not row.pattern_effect > 0:
                 found.append(f"{where}a replaced pattern does not change the logits")
         logits = {name: getattr(self, name) for name in _LOGIT_ERRORS}
@@ -133,6 +142,8 @@ def _check(clean: Trace, layer: int) -> LayerReport:
         _edit_error(clean, layer, "query", _TOKENS - 1),
         _edit_error(clean, layer, "key", _EDITED_KEY),
         _apart(moved, clean.logits),
+        rebuilt.rounding,
+        rebuilt.pattern_rounding,
     )
 
 

@@ -19,11 +19,22 @@ from qklens.models.trace import trace
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One layer's errors: of scores relative to the largest |score|, of the pattern absolute."""
+    """One layer's errors: of scores relative to the largest |score|, of the pattern absolute.
+
+    Attributes:
+        layer: the layer.
+        score_error: of scores.
+        pattern_error: of patterns.
+        rounding: 32 ε c max‖q‖ max‖k‖, what a sum of products may be off by its rounding alone, relative to the largest
+            |score|. It counts where queries and keys are long and nearly at right angles.
+        pattern_rounding: the same in score units, by which a pattern may then be off.
+    """
 
     layer: int
     score_error: float
     pattern_error: float
+    rounding: float
+    pattern_rounding: float
 
 
 @dataclass(frozen=True)
@@ -39,8 +50,8 @@ def self_check(subject: Subject, n_tokens: int = 12) -> SelfCheck:
     """Rebuild every layer's scores from resid_pre and compare with the queries and keys the model used.
 
     Raises:
-        QklensError: a rebuilt score is off by more than 1e-4 of the largest, a rebuilt pattern by 1e-4, a
-            replaced pattern did not reach the logits, or padding changes the logits.
+        QklensError: a rebuilt score is off by more than 1e-4 of the largest, or a rebuilt pattern by 1e-4, and by more
+            than rounding; a replaced pattern did not reach the logits, or padding changes the logits.
     """
     tokens = random_tokens(subject, n_tokens)
     batch = subject.batch([tokens])
@@ -80,7 +91,7 @@ def check_layer(
     """Rebuild a layer's scores and patterns on the batch's first prompt, which has no padding."""
     maps = score_maps(subject, read.layer)
     turn, scales = rotation(subject, read.layer, positions[0]), maps.scales(stream[0])
-    worst, largest, worst_pattern = 0.0, 0.0, 0.0
+    worst, largest, worst_pattern, longest = 0.0, 0.0, 0.0, 0.0
     products = read.products()[0]
     for head in range(subject.n_heads):
         query = turn(maps.whole_query(stream[0], head, scales))
@@ -89,6 +100,7 @@ def check_layer(
         own = products[head].to(rebuilt.dtype)
         worst = max(worst, float((rebuilt - own).abs().max()))
         largest = max(largest, float(own.abs().max()))
+        longest = max(longest, float(query.norm(dim=-1).max() * key.norm(dim=-1).max()))
         capped = maps.capped(rebuilt)
         for position in range(len(capped)):
             first, end = maps.visible(position, len(capped))
@@ -96,21 +108,22 @@ def check_layer(
             own_row = read.pattern[0, head, position].to(row.dtype)
             hidden = float(own_row[:first].sum() + own_row[end:].sum())
             worst_pattern = max(worst_pattern, float((row - own_row[first:end]).abs().max()), hidden)
-    return LayerCheck(read.layer, worst / max(largest, 1e-12), worst_pattern)
+    largest, rounding = max(largest, 1e-12), 32 * torch.finfo(products.dtype).eps * maps.scale * longest
+    return LayerCheck(read.layer, worst / largest, worst_pattern, rounding / largest, rounding)
 
 
 def _refuse(subject: Subject, check: SelfCheck) -> None:
     tolerance = tolerance_of(subject)
     for row in check.layers:
-        if not row.score_error <= tolerance:
+        if not row.score_error <= (allowed := tolerance + row.rounding):
             raise QklensError(
                 f"{subject.name}: layer {row.layer}: rebuilt scores differ from the model's by {row.score_error:.1e} "
-                f"of the largest, expected at most {tolerance:.0e}; this config is not supported"
+                f"of the largest, expected at most {allowed:.0e}; this config is not supported"
             )
-        if not row.pattern_error <= tolerance:
+        if not row.pattern_error <= (allowed := tolerance + row.pattern_rounding):
             raise QklensError(
                 f"{subject.name}: layer {row.layer}: the rebuilt pattern differs from the model's by "
-                f"{row.pattern_error:.1e}, expected at most {tolerance:.0e}; this config is not supported"
+                f"{row.pattern_error:.1e}, expected at most {allowed:.0e}; this config is not supported"
             )
     if not check.pattern_reaches_logits:
         raise QklensError(

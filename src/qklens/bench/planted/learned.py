@@ -23,17 +23,20 @@ from qklens.models.subject import Subject
 TRAINING = TrainingConfig(
     kind="crosscoder",
     layers=SELECTING_LAYERS,
-    features=64,
+    features=128,
     activation="batch_topk",
     k=2,
+    first_k=8,
+    sparsity_warmup_steps=300,
     steps=600,
     batch=256,
     learning_rate=3e-3,
     auxiliary_weight=0.03,
     dead_after_steps=100,
 )
-"""Of each layer in turn. Fewer active features a row leave them less mixed: on two models of seed 1 the roles' features
-have a mean cos of 0.90 with the planted directions at k = 2, and 0.77 at k = 4."""
+"""Few active features a row leave them less mixed, and beginning with more helps: on five models of seeds 1 and 2 the
+roles' best features have a mean cos of 0.88 with the planted directions, and 0.13 with another role's (k = 2 from the
+first step with 64 features: 0.78, 0.21; k = 3: 0.67, 0.17)."""
 _ANSWERS = 4
 
 

@@ -55,13 +55,13 @@ class Causes(Strict):
         auc_harm: the same under harm.
         late_restored: all that is written after the heads.
         attention_kept: the heads' attention on the correct less the incorrect option under harm, over the same without.
-        query_added: restored, from benign to harm, by taking out of the origin's queries what harm changed in them in
-            the mean, but for the need-answer direction.
+        query_added: restored, from benign to harm, by taking out of the origin's queries the direction that harm
+            changed in the mean, but for need-answer, each prompt its own amount.
         query_need: restored by giving them their amount of that direction back.
         query_pull: how far the change of the origin's queries raises the score of the correct option, over the median
             of other tokens, in score units; mean over prompts and heads, of the two orders the higher. Negative repels.
-        query_spared: the share of it that the incorrect option is spared, of the two orders the smaller; 0 where the
-            correct one is not repelled.
+        query_spared: the share of it that the incorrect option is spared, of the two orders the smaller, within ±1; 0
+            where the correct one is not repelled.
         origin: of the heads, those of the earliest layers that restore what all do.
         removal: at these, the Shapley share of each kind of score term in what was lost from benign to harm.
     """
@@ -140,8 +140,8 @@ def _query_pull(lab: Lab, rows: TermRows) -> dict[str, float]:
     options = [[p.span(name) for name in OPTIONS] for p in lab.prompts("harm", "report")]
     pulls = option_pulls(rows, options).mean(dim=1)
     by_order = [pulls[at :: len(ORDERS)].mean(dim=0).tolist() for at in range(len(ORDERS))]
-    spared = [(correct - incorrect) / correct if correct < 0 else 0.0 for correct, incorrect in by_order]
-    return {"query_pull": max(correct for correct, _ in by_order), "query_spared": min(spared)}
+    spared = [min((correct - incorrect) / correct, 1.0) if correct < 0 else 0.0 for correct, incorrect in by_order]
+    return {"query_pull": max(correct for correct, _ in by_order), "query_spared": max(min(spared), -1.0)}
 
 
 def measure_removals(lab: Lab, rows: TermRows) -> dict[str, float]:
@@ -170,7 +170,7 @@ def _query_parts(lab: Lab, heads: Sequence[Head]) -> dict[str, float]:
     }
     sides = [(lab.prompts(c, "report"), lab.streams(c, "report", layers)) for c in ("harm", "benign")]
     harmed, clean = (lab.attention(c, "report").margins for c in ("harm", "benign"))
-    margins = lab.work("harm", "report").margins_each(query_shifts(heads, need, *sides), idle_ok=True)
+    margins = lab.work("harm", "report").margins_each(query_shifts(lab.subject, heads, need, *sides), idle_ok=True)
     along, across = (restored_share(given, harmed, clean) for given in margins)
     return {"query_added": across, "query_need": along}
 

@@ -14,7 +14,7 @@ THRESHOLDS = {
     "attention_kept": 0.50,
     "random_heads": 1 / 3,
     "repelled": 0.0,
-    "spared": 1 / 4,
+    "spared": 0.15,
     "suffices": 0.90,
 }
 """`suffices` chooses the heads whose scores are taken apart, see `mediation.first_that_suffice`."""

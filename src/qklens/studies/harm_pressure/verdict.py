@@ -99,7 +99,7 @@ def _not_solved(m: Measurements) -> Verdict | None:
 
 def _no_effect(m: Measurements) -> Verdict | None:
     t, b, p = THRESHOLDS, m.behaviour, m.details.mcnemar_p
-    relative = -m.details.harm_minus_benign[0] / max(b["benign"].margin, 1e-6)
+    relative = -m.details.harm_minus_benign[0] / max(abs(b["benign"].margin), 1e-6)
     drop = _Check(
         "accuracy lost, benign to harm", b["benign"].accuracy - b["harm"].accuracy, "below", t["accuracy_drop"],
         unit="behaviour",
@@ -113,6 +113,8 @@ def _no_effect(m: Measurements) -> Verdict | None:
     rule = "neither accuracy nor margin falls enough under harm compared with a benign sentence" + (
         f"; a fall of the margin by {low:.2f} to {high:.2f} is there, and it is small" if low > 0 else ""
     )
+    if b["none"].accuracy - b["benign"].accuracy >= t["accuracy_drop"]:
+        rule += f"; that sentence costs accuracy itself ({b['none'].accuracy:.0%} to {b['benign'].accuracy:.0%})"
     return _verdict("no_effect", min(drop.slack, fall.slack), rule, [drop, by_chance, fall])
 
 
@@ -178,7 +180,7 @@ def _query_checks(c: Causes) -> list[_Check]:
         ),
         _Check(
             "margin restored without what harm added to the queries", c.query_added, "at least", t["carries"],
-            "what harm adds to the heads' queries, the same in every prompt, carries too little of it",
+            "what harm adds to the heads' queries, one direction for all prompts, carries too little of it",
         ),
     ]  # fmt: skip
 
