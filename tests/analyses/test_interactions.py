@@ -96,6 +96,29 @@ def test_mean_terms_sum_to_the_mean_weighted_score(lab, weighting, condition):
     assert 0 <= means.error_share() <= 1
 
 
+@pytest.mark.parametrize("weighting", ["realised", "contrastive"])
+def test_tokens_weighed_as_without_pressure(lab, weighting):
+    """The pressed scores at the options' tokens, each as much as the head looks there without pressure."""
+    subject, source, prompts, _, streams = lab
+    lens, how = head_lens(subject, source, 1, 2), Weighting(weighting)
+    written = {c: written_by(lens, streams[c]) for c in ("none", "harm")}
+    means = mean_terms(lens, prompts["harm"], written["harm"], how, (prompts["none"], written["none"]))
+    total = 0.0
+    for pressed, parts, calm, before in zip(
+        prompts["harm"], written["harm"], prompts["none"], written["none"], strict=True
+    ):
+        scores = lens.scores(parts, pressed.spans["answer"][0])
+        weights = how.weigh(lens, calm, before).weights
+        for name in how.spans():
+            here, there = list(pressed.span(name)), list(calm.span(name))
+            total += float(weights[there] @ scores[here]) / len(written["harm"])
+    assert means.total == pytest.approx(total, abs=1e-4)
+    own = mean_terms(lens, prompts["harm"], written["harm"], how).total
+    assert abs(own - total) > 1e-3
+    same = mean_terms(lens, prompts["none"], written["none"], how, (prompts["none"], written["none"])).total
+    assert same == pytest.approx(mean_terms(lens, prompts["none"], written["none"], how).total, abs=1e-6)
+
+
 def test_scores_from_sources_give_the_models_own_pattern(lab):
     subject, source, prompts, works, streams = lab
     rows = read_patterns(works["harm"], [(1, 2)])[1, 2]

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qklens.analyses.lens import BIAS, ERROR, HeadLens, Sources
-from qklens.analyses.weighting import Weighting
+from qklens.analyses.weighting import Weighed, Weighting
 from qklens.analyses.written import WrittenPrompt
 from qklens.data.render import Prompt
 from qklens.errors import QklensError
@@ -190,9 +190,20 @@ class PairTerms:
 
 
 def mean_terms(
-    lens: HeadLens, prompts: Sequence[Prompt], written: Sequence[WrittenPrompt], weighting: Weighting
+    lens: HeadLens,
+    prompts: Sequence[Prompt],
+    written: Sequence[WrittenPrompt],
+    weighting: Weighting,
+    calm: tuple[Sequence[Prompt], Sequence[WrittenPrompt]] | None = None,
 ) -> PairTerms:
     """Mean pair terms at the answer position over prompts.
+
+    Args:
+        lens: the head.
+        prompts: what was asked.
+        written: the same, as their sources.
+        weighting: over which tokens.
+        calm: the same items and orders without pressure; tokens are weighed as in these, see `Weighting.carried`.
 
     Raises:
         QklensError: there is no prompt, or a prompt lacks the weighting's span.
@@ -200,8 +211,12 @@ def mean_terms(
     if not prompts:
         raise QklensError("mean pair terms need at least one prompt")
     queries, keys, values = [], [], []
-    for prompt, parts in zip(prompts, written, strict=True):
+    for i, (prompt, parts) in enumerate(zip(prompts, written, strict=True)):
         weighed = weighting.weigh(lens, prompt, parts)
+        if calm is not None:
+            other = weighting.weigh(lens, calm[0][i], calm[1][i]).weights
+            moved = weighting.carried(other, calm[0][i], prompt)
+            weighed = weighed if moved is None else Weighed(moved, None)
         queries.append(lens.query(parts, prompt.spans["answer"][0]))
         keys.append(lens.keys(parts, weighed.weights))
         values.append(weighed.logsumexp)

@@ -89,6 +89,25 @@ class Weighting:
         first, *rest = (float(scores[span].logsumexp(dim=0)) for span in spans)
         return Weighed(within[0] - within[1] if rest else within[0], first - sum(rest))
 
+    def carried(self, weights: Float[Tensor, " k_pos"], of: Prompt, to: Prompt) -> Float[Tensor, " to_pos"] | None:
+        """One prompt's weights at the same tokens of another that asks the same.
+
+        Nothing where a span has another number of tokens there, or for `share`, which weighs every token.
+
+        Under pressure a head's own weights leave the very token that is pushed away, and its terms with them: a pair of
+        −14 at that token counts for −0.4. Weighed as without pressure it counts whole; what all terms sum to is then
+        the mean of the pressed scores over the tokens that the head would have looked at.
+        """
+        if self.kind == "share":
+            return None
+        moved = weights.new_zeros(len(to.tokens))
+        for name in self.spans():
+            source, target = list(of.span(name, self.parts)), list(to.span(name, self.parts))
+            if len(source) != len(target):
+                return None
+            moved[target] = weights[source]
+        return moved
+
 
 def weighting_named(kind: str, span: str, parts: Sequence[str]) -> Weighting:
     """A weighting from names.

@@ -151,6 +151,11 @@ class InteractionRow(Strict):
     kind: Kind
     query_role: str | None = None
     key_role: str | None = None
+    weighed_as_none: float | None = Field(
+        default=None,
+        description="of two roles: the same with tokens weighed as the head weighs them without pressure, so that one "
+        "which pressure pushes away still counts",
+    )
 
 
 class InteractionShare(Strict):

@@ -1,9 +1,9 @@
 """Planted pairs against what the study finds of them: every one counts, whether its roles were found or not.
 
 A pair's value is realised, on prompts where both of its sides are written: under harm where pressure's query or harm's
-key is in it, else without pressure. Where there are none (harm took the correct-answer key away) or the study read no
-pairs at the head (it selects nothing, as a decoy's), it is the virtual one, of the same two features, from the weights
-alone.
+key is in it, else without pressure; tokens are weighed as the head weighs them without pressure. Where there are none
+(harm took the correct-answer key away) or the study read no pairs at the head (it selects nothing, as a decoy's), it is
+the virtual one, of the same two features, from the weights alone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def find_signs(
         results: the study's.
     """
     realised = {
-        (row.layer, row.head, row.query_role, row.key_role, row.condition): row.value
+        (row.layer, row.head, row.query_role, row.key_role, row.condition): row.weighed_as_none
         for row in results.interactions
         if row.kind == "realised"
     }

@@ -145,7 +145,7 @@ def interactions(results: Results) -> Section:
     rows = ranked(results.interactions, "contrastive", 12) + ranked(results.interactions, "realised", 12)
     table = Table(
         "Pairs under harm, both ends",
-        ("kind", "head", "query", "role", "key", "role", "value"),
+        ("kind", "head", "query", "role", "key", "role", "value", "weighed as without intent"),
         tuple(
             (
                 row.kind,
@@ -155,6 +155,7 @@ def interactions(results: Results) -> Section:
                 printable(row.key),
                 role_words(row.key_role),
                 signed(row.value, 3),
+                "" if row.weighed_as_none is None else signed(row.weighed_as_none, 3),
             )
             for row in rows
         ),
@@ -166,8 +167,10 @@ def interactions(results: Results) -> Section:
         tuple(paragraphs),
         "A term is one (query source, key source) part of the score before softmax, after the model's own scale, "
         "mean over the report half's prompts; all terms of a score sum to it. Contrastive: score of the correct "
-        "option minus score of the incorrect one. Negative lowers attention. How much of this depends on how the "
-        f"weights are written is told under \u201c{TITLE}\u201d.",
+        "option minus score of the incorrect one. Negative lowers attention. A span's tokens count as the head attends "
+        "to them, so a token that harm pushes away drops out of its own sum; pairs of roles are shown with the tokens "
+        "weighed as without intent, too. How much of this depends on how the weights are written is told under "
+        f"\u201c{TITLE}\u201d.",
         (table,),
     )
 

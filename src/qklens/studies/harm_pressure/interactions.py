@@ -37,6 +37,7 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None, named: Mapping[str,
     error_shares = []
     for layer, head in heads:
         lens = lab.lens(layer, head)
+        calm = lab.prompts("none", "report"), lab.written("none", "report", layer)
         for condition in CONDITIONS:
             written = lab.written(condition, "report", layer)
             for weighting in (REALISED, CONTRASTIVE):
@@ -47,11 +48,14 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None, named: Mapping[str,
                 shown = {(q, k) for q, k, _ in pairs}
                 features = list(dict.fromkeys(roles.chosen.values()))
                 between = [(q, k) for q in features for k in features]
+                names = [(lab.source.labels[q], lab.source.labels[k]) for q, k in between]
                 pairs += [
-                    (lab.source.labels[q], lab.source.labels[k], value)
-                    for (q, k), value in zip(between, means.of_pairs(between), strict=True)
-                    if (lab.source.labels[q], lab.source.labels[k]) not in shown
+                    (*name, value)
+                    for name, value in zip(names, means.of_pairs(between), strict=True)
+                    if name not in shown
                 ]
+                calmly = mean_terms(lens, lab.prompts(condition, "report"), written, weighting, calm)
+                weighed = dict(zip(names, calmly.of_pairs(between), strict=True))
                 rows += [
                     InteractionRow(
                         layer=layer,
@@ -63,6 +67,7 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None, named: Mapping[str,
                         kind=weighting.kind,
                         query_role=query_roles.get(q),
                         key_role=key_roles.get(k),
+                        weighed_as_none=weighed.get((q, k)),
                     )
                     for q, k, value in pairs
                 ]
