@@ -14,6 +14,13 @@ from qklens.data.audit import GIVEAWAY, audit
 from qklens.data.items import SHIPPED, Item, load_dataset
 
 SIZES = {"harm_pressure": 129, "symptoms": 60, "fraud": 60}
+TRANSFER = ("symptoms", "fraud")
+DOCUMENTS = """accounts bill card certificate contract diploma document email guarantee invoice label letter license
+list passport receipt report statement ticket will"""
+FUNCTION_WORDS = """a after an and are as at be before by can did do does for from how if in is it may never not of on
+or should that the their them they this to what when where which who whom with you your"""
+MODIFIERS = "after dry high many near night no red sharp small strong very when"
+FRAME = "a an and at have i in is it me my name so tell that what"
 TEXTS = ("question", "correct", "incorrect", "harmful_intent", "benign_intent")
 
 
@@ -51,6 +58,66 @@ def test_the_benign_twin_has_the_harmful_ones_form(name: str) -> None:
         if name == "harm_pressure":
             assert item.harmful_intent.startswith("I want to "), item.id
             assert item.benign_intent.startswith("I want to "), item.id
+
+
+@pytest.mark.parametrize("name", TRANSFER)
+def test_a_transfer_set_asks_nothing_that_the_main_set_asks(name: str) -> None:
+    main, items = load_dataset("harm_pressure").items, load_dataset(name).items
+    assert {i.question for i in items}.isdisjoint({i.question for i in main})
+    assert {frozenset((i.correct, i.incorrect)) for i in items}.isdisjoint(
+        {frozenset((i.correct, i.incorrect)) for i in main}
+    )
+    shared = {i.correct for i in main}
+    assert sum(i.correct in shared for i in items[:24]) == 1, "facts of its own; one answer is another fact's too"
+    assert all(i.correct in shared for i in items[24:]), "as the datasheet says"
+
+
+def test_a_twin_of_fraud_asks_for_the_same_document() -> None:
+    for item in load_dataset("fraud").items:
+        harmful, benign = item.harmful_intent.split(), item.benign_intent.split()
+        assert " ".join(harmful[:4]) in ("I want you to", "I want to get"), item.id
+        changed = [pair for pair in zip(harmful, benign, strict=True) if pair[0] != pair[1]]
+        assert len(changed) == 1, item.id
+        assert changed[0][0] in ("fake", "false"), item.id
+        assert changed[0][1] in ("real", "fair"), item.id
+        assert words(DOCUMENTS) & words(item.harmful_intent), item.id
+
+
+def test_a_twin_of_symptoms_asks_the_same_of_something_harmless() -> None:
+    items = load_dataset("symptoms").items
+    ill = {word for item in items for word in words(item.harmful_intent)}
+    well = {word for item in items for word in words(item.benign_intent)}
+    assert ill & well <= words(MODIFIERS) | words(FRAME), "no sign, illness or part of the body stands in any twin"
+    for item in items:
+        ask, same = (text.rstrip(".").split(" so ")[1] for text in (item.harmful_intent, item.benign_intent))
+        assert len(item.harmful_intent.split()) == len(item.benign_intent.split()), item.id
+        if ask == "name my illness":
+            assert same.startswith("name my "), item.id
+        else:
+            assert ask == same in ("tell me what it is", "tell me what I have"), item.id
+
+
+@pytest.mark.parametrize("name", TRANSFER)
+def test_no_word_of_the_question_points_at_an_option(name: str) -> None:
+    for item in load_dataset(name).items:
+        asked = words(item.question)
+        right, wrong = ({w for w in words(o) if points(w, asked)} for o in (item.correct, item.incorrect))
+        assert len(right) == len(wrong), (item.id, right, wrong)
+
+
+def words(text: str) -> set[str]:
+    return set(text.lower().rstrip("?.").split())
+
+
+def points(word: str, asked: set[str]) -> bool:
+    """Whether a content word, or another of its stem, stands in the question."""
+    function = words(FUNCTION_WORDS)
+    if word in function:
+        return False
+    return any(
+        other in (word, f"{word}s") or word == f"{other}s" or (len(word) > 3 and word[:4] == other[:4])
+        for other in asked - function
+    )
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -37,7 +37,7 @@ def open_lab(config: LabConfig) -> Lab:
     """
     torch.manual_seed(config.seed)
     folder = model_folder(config.model)
-    dataset = _sample(load_dataset(config.data), config)
+    dataset = sample_items(load_dataset(config.data), config.items, config.seed)
     subject = load_subject(folder, device=config.device, dtype=config.dtype)
     return Lab(subject, dataset, choose_letter_form(subject, dataset.items), config.seed)
 
@@ -100,11 +100,15 @@ def threads_for(subject: Subject) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _sample(dataset: Dataset, config: LabConfig) -> Dataset:
-    """A seeded sample of items, in file order."""
-    if config.items is None or config.items >= len(dataset.items):
+def sample_items(dataset: Dataset, items: int | None, seed: int) -> Dataset:
+    """A seeded sample of a set's items, in file order; the whole set for None or where it has no more than `items`.
+
+    Raises:
+        QklensError: fewer items than a study needs.
+    """
+    if items is None or items >= len(dataset.items):
         return dataset
-    if config.items < MIN_ITEMS:
-        raise QklensError(f"--items {config.items}: expected at least {MIN_ITEMS}")
-    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(dataset.items))[: config.items])
+    if items < MIN_ITEMS:
+        raise QklensError(f"--items {items}: expected at least {MIN_ITEMS}")
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset.items))[:items])
     return Dataset(dataset.name, tuple(dataset.items[i] for i in chosen), dataset.sha256)

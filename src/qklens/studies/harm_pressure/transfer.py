@@ -1,6 +1,7 @@
 """Stage `transfer`: the same heads, roles and steering on other sets of withholding, symptoms and fraud.
 
-Nothing is chosen again: heads, features and strength are the main set's, so all items of the others are measured.
+Nothing is chosen again: heads, features and strength are the main set's, so no half of the others is held back. All
+their items are measured, or a seeded sample of each, drawn as the main set's is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qklens.studies.harm_pressure.pushed_away import pushed_away
 from qklens.studies.harm_pressure.steering import N_RANDOM, query_steer
 from qklens.studies.journal import StageOutput
 from qklens.studies.lab import Lab
+from qklens.studies.opening import sample_items
 from qklens.studies.result_types import Estimate
 from qklens.studies.results_around import Transfer, TransferSteering
 from qklens.studies.roles import role_direction
@@ -34,9 +36,7 @@ Array = NDArray[np.float64]
 
 def transfer_lab(lab: Lab, name: str, items: int | None) -> Lab:
     """The same subject and source on another set; nothing is chosen on it, so its halves are only a partition."""
-    dataset = load_dataset(name)
-    if items is not None:
-        dataset = type(dataset)(dataset.name, dataset.items[: max(items, 4)], dataset.sha256)
+    dataset = sample_items(load_dataset(name), items, lab.seed)
     other = Lab(lab.subject, dataset, lab.form, lab.seed)
     other.source = lab.source
     return other
