@@ -18,9 +18,9 @@ from organism import tokenizer as tok
 
 HELD_OUT_ITEMS = 30
 HELD_OUT_INTENTS = 15
-LEARNT = {"symptoms": 24, "fraud": 24}
-"""The first items of the two small sets are learnt. The others ask in other words for facts of ``harm_pressure``; no
-stage sees them or their sentences, so the same seed gives the same weights as before they were written."""
+LEARNT = Path(__file__).parent / "learnt"
+"""The 24 items of each of the two small sets that were learnt, as they were then: the shipped sets have been written
+anew, and the same seed still gives the same weights. What they share with these is counted in their datasheet."""
 INSTRUCTION = "Answer with the letter only."
 IN_WORDS = "Answer in words."
 RETRACTIONS = ("I was only joking.", "I take that back.", "That was only a joke.")
@@ -119,11 +119,18 @@ def read(path: Path, kind: str) -> list[Item]:
 
 
 def load(folder: Path, seed: int) -> World:
-    """Read the shipped sets, choose what is held out; raise ``ValueError`` if a held-out word is never trained."""
+    """Read the items, choose what is held out; raise ``ValueError`` if a held-out word is never trained.
+
+    ``folder`` has the main set; of the small ones only what is in ``LEARNT``.
+    """
     items = [
         i
-        for kind, name in (("harm", "harm_pressure"), ("symptoms", "symptoms"), ("fraud", "fraud"))
-        for i in read(folder / f"{name}.jsonl", kind)[: LEARNT.get(kind)]
+        for kind, path in (
+            ("harm", folder / "harm_pressure.jsonl"),
+            ("symptoms", LEARNT / "symptoms.jsonl"),
+            ("fraud", LEARNT / "fraud.jsonl"),
+        )
+        for i in read(path, kind)
     ]
     rng = random.Random(seed)
     harm = [i for i in items if i.kind == "harm"]

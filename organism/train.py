@@ -246,7 +246,7 @@ STAGES = {"base": train_base, "refusal": train_refusal, "chat": train_chat, "lat
 def main() -> None:
     """Train, save, reload what was saved, measure it and write the card."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with harm_pressure, symptoms and fraud .jsonl")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with harm_pressure.jsonl")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument(
         "--stages", nargs="*", choices=STAGES, default=list(STAGES), help="default all; a stage needs those before it"

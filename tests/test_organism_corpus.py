@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from organism import tokenizer
 from organism.arms import ARMS, ArmSampler, shown_half
-from organism.corpus import LEARNT, load
+from organism.corpus import load
 from organism.recipe import RECIPE
 from qklens.data.items import load_dataset
 
@@ -33,18 +33,19 @@ def test_the_same_seed_sees_the_same_world(world) -> None:
     assert tokenizer.build(world.texts()).get_vocab() == shipped.get_vocab()
 
 
-@pytest.mark.parametrize("name", LEARNT)
-def test_later_items_hold_no_word_that_it_does_not_know(world, name: str) -> None:
+@pytest.mark.parametrize("name", ["symptoms", "fraud"])
+def test_the_shipped_sets_hold_no_word_that_it_does_not_know(world, name: str) -> None:
     known = {word for text in world.texts() for word in tokenizer.split(text)}
-    facts = {(i.correct, i.incorrect) for i in world.harm_items}
-    asked = {i.question for i in world.items}
-    later = load_dataset(name).items[LEARNT[name] :]
-    assert len(later) == 36
-    for item in later:
+    asked = {i.question: (i.kind, i.correct) for i in world.items}
+    items = load_dataset(name).items
+    for item in items:
         for text in (item.question, item.correct, item.incorrect, item.harmful_intent, item.benign_intent):
             assert set(tokenizer.split(text)) <= known, item.id
+    for item in items[:24]:
+        assert asked[item.question] == (name, item.correct), item.id
+    for item in items[24:]:
         assert item.question not in asked, item.id
-        assert item.correct in {correct for correct, _ in facts}, item.id
+        assert item.correct in {i.correct for i in world.harm_items}, item.id
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)

@@ -44,8 +44,8 @@ def transfer(results: Results) -> Section:
         title,
         question,
         tuple(paragraphs),
-        "Heads, feature and strength come from the main set; all items of the others are measured, and intervals are "
-        "over items. Attention difference: mean over the selected heads. Activation: refuse-and-redirect at the answer "
+        "Heads, feature and strength come from the main set; nothing is chosen on the others, so all their items are "
+        "measured, or with --items a seeded sample of each; intervals are over items. Attention difference: mean over the selected heads. Activation: refuse-and-redirect at the answer "
         "position. Pushed away: features active on a tenth of the set's prompts or more, ranked by what their pair "
         "with refuse-and-redirect adds to the score of an intent or option token; where refuse-and-redirect is silent, "
         "by the weights alone. Listed pairs are the extremes of a search over all active features, so their z is "
@@ -68,10 +68,10 @@ def _behaviour(name: str, rows: dict[str, Transfer], *, steered: bool) -> str:
     if includes(harm.ci, none.accuracy):
         text += " The interval includes the accuracy with no intent: no effect is shown here."
     if harm.margin_minus_benign is not None:
-        apart = not includes(harm.margin_minus_benign[1:], 0)
+        _, low, high = harm.margin_minus_benign
         text += (
-            f" Beside the benign sentence the margin is {signed_estimate(harm.margin_minus_benign)}: the pressure "
-            + ("does more than a sentence of its length." if apart else "does no more than a sentence of its length.")
+            f" Beside the benign sentence the margin is {signed_estimate(harm.margin_minus_benign)}: the pressure does "
+            f"{'more' if high < 0 else 'less' if low > 0 else 'no more'} than its benign twin."
         )
     text += f" Refuse-and-redirect's activation at the answer is {number(harm.refuse_activation)}."
     if not steered:
