@@ -45,11 +45,11 @@ def transfer(results: Results) -> Section:
         question,
         tuple(paragraphs),
         "Heads, feature and strength come from the main set; nothing is chosen on the others, so all their items are "
-        "measured, or with --items a seeded sample of each; intervals are over items. Attention difference: mean over the selected heads. Activation: refuse-and-redirect at the answer "
-        "position. Pushed away: features active on a tenth of the set's prompts or more, ranked by what their pair "
-        "with refuse-and-redirect adds to the score of an intent or option token; where refuse-and-redirect is silent, "
-        "by the weights alone. Listed pairs are the extremes of a search over all active features, so their z is "
-        "larger than that of a pair named before.",
+        "measured, or with --items a seeded sample of each; intervals are over items. Attention difference: mean over "
+        "the selected heads. Activation: refuse-and-redirect at the answer position. Pushed away: features active on a "
+        "tenth of the set's prompts or more, ranked by what their pair with refuse-and-redirect adds to the score of "
+        "an intent or option token; where refuse-and-redirect is silent, by the weights alone. Listed pairs are the "
+        "extremes of a search over all active features, so their z is larger than that of a pair named before.",
         (_table(results), _roles(results), *_pushed_table(results.pushed_away)),
     )
 
