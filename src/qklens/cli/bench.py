@@ -13,6 +13,16 @@ from qklens.cli import show
 from qklens.cli.options import Json
 from qklens.errors import QklensError
 
+_SHORT = {
+    "no_effect": "none",
+    "task_not_solved": "unsolved",
+    "belief_change": "belief",
+    "late_flip": "late",
+    "attention_answer_key": "answer key",
+    "attention_harm_key": "harm key",
+    "undetermined": "undeterm.",
+}
+"""Verdicts as the matrix heads its columns."""
 app = typer.Typer(no_args_is_help=True, help="Benches: the study on models whose mechanism is known.")
 
 
@@ -72,10 +82,7 @@ def _lines(results: dict[str, Any]) -> list[str]:
         if not part["n"]:
             continue
         lines += [f"{name.replace('_', ' ')} seeds: right verdict in {part['right']} of {part['n']} runs"]
-        lines += [
-            f"  {row['planted']:22} expected {row['expected']:22} {row['verdict']:22} {row['n']:4d}"
-            for row in part["confusion"]
-        ]
+        lines += _matrix(part["confusion"])
         lines.append(f"  attention verdicts where refuse-and-redirect moves no head: {part['false_attention']}")
         lines.append(f"  heads: {_shares(part['heads'])}")
         for kind, row in part["features"].items():
@@ -96,6 +103,17 @@ def _lines(results: dict[str, Any]) -> list[str]:
             for row in part["reliability"]
         ]
     lines.append(f"{results['cpu_seconds']:.0f} s of processor time")
+    return lines
+
+
+def _matrix(confusion: list[dict[str, Any]]) -> list[str]:
+    """The confusion matrix: a row a planted mechanism and right verdict, whose cell is in brackets."""
+    counts = {((row["planted"], row["expected"]), row["verdict"]): row["n"] for row in confusion}
+    lines = [f"  {'planted, and what is right for it':<34}" + "".join(f"{_SHORT[v]:>11}" for v in _SHORT)]
+    for planted, expected in dict.fromkeys(key for key, _ in counts):
+        name = planted if planted == expected else f"{planted} ({expected})"
+        cells = [(counts.get(((planted, expected), v), 0), v == expected) for v in _SHORT]
+        lines.append(f"  {name:<34}" + "".join(f"{f'[{n}]' if right else n or '.':>11}" for n, right in cells))
     return lines
 
 
