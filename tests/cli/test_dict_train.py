@@ -206,7 +206,6 @@ def test_a_truncated_shard_is_refused(train: Callable[..., Any]) -> None:
 
 
 def test_metrics_for_tensorboard(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     assert train(*NUMBERS, "--layers", "1", "--out", "made", "--tensorboard", "board").status == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

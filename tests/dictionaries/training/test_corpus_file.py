@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
 from qklens.dictionaries.training.corpus import Corpus, corpus_of, read_corpus
@@ -57,8 +59,6 @@ def test_texts_and_chats_of_json_lines(tmp_path: Path, tokenizer: PreTrainedToke
 
 
 def test_parquet_gives_the_same_as_json_lines(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     chats = [[{"role": "user", "content": text}] for text in TEXTS]
     for column, values in (("text", TEXTS), ("messages", chats)):
         path = tmp_path / f"{column}.parquet"
