@@ -232,7 +232,7 @@ def test_factorial_terms_rebuild_the_pressed_scores(lab):
     for i in range(4):
         harm, benign = prompts["harm"][i], prompts["benign"][i]
         pressed, calm = streams["harm"][i][1], streams["benign"][i][1]
-        terms, ordinary = factorial_terms(subject, (1, 2), harm, benign, pressed, calm)
+        terms, ordinary, _ = factorial_terms(subject, (1, 2), harm, benign, pressed, calm)
         assert set(terms) == set(TERMS)
         own = lens.scores(written_by(lens, [streams["harm"][i]])[0], harm.spans["answer"][0])
         shared = range(harm.spans["question"][0], len(harm.tokens))
@@ -250,7 +250,7 @@ def test_factorial_terms_rebuild_the_pressed_scores(lab):
 def test_an_unchanged_prompt_has_no_terms(lab):
     subject, _, prompts, _, streams = lab
     benign, calm = prompts["benign"][0], streams["benign"][0][1]
-    terms, _ = factorial_terms(subject, (1, 2), benign, benign, calm, calm)
+    terms, _, _ = factorial_terms(subject, (1, 2), benign, benign, calm, calm)
     assert all(values.abs().max() < 1e-5 for values in terms.values())
 
 

@@ -25,5 +25,5 @@ def test_an_option_is_pulled_by_its_tokens_as_the_ordinary_query_attends_to_them
     rows["harm_key"][0, 0][0][2] = -2.0
     rows["elsewhere"][0, 0][0][3:5] = torch.tensor([-1.0, -70.0])
     rows["key_only"][0, 0][0][:] = 3.0
-    pulls = option_pulls(TermRows(rows, {(0, 0): [ordinary]}), [[(1, 2), (3, 4)]])
+    pulls = option_pulls(TermRows(rows, {(0, 0): [ordinary]}, {}), [[(1, 2), (3, 4)]])
     assert pulls.tolist() == [[[pytest.approx(-6.0), pytest.approx(-1.0)]]]

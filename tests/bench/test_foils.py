@@ -1,6 +1,7 @@
 """Forms outside the bench that look like a pulled-away attention: none of them may get an attention verdict.
 
-Each was once named `attention_answer_key` or `attention_harm_key` with a confidence of 0.93 to 0.99. Reviewers who knew
+Each but the last was once named `attention_answer_key` or `attention_harm_key` with a confidence of 0.93 to 0.99, the
+last `belief_change`. Reviewers who knew
 the rules made them up, and checks were added for them, so they say nothing of forms that nobody has thought of.
 """
 
@@ -17,7 +18,7 @@ from safetensors.torch import save
 from qklens.bench.planted import weights
 from qklens.bench.planted.basis import draw_basis
 from qklens.bench.planted.blueprint import Amounts, Blueprint, PlannedFlip, PlannedHead
-from qklens.bench.planted.mechanisms import Draw, draw_numbers, whole_model
+from qklens.bench.planted.mechanisms import Draw, draw_numbers, from_verb, whole_model
 from qklens.bench.planted.noise import LEVELS
 from qklens.bench.planted.runs import GRADED_ITEMS, LEFT_OUT_GRADED
 from qklens.bench.planted.words import items_file, planted_tokenizer, vocabulary
@@ -107,6 +108,30 @@ def repels_harm_that_sits_more_on_the_wrong_option() -> Blueprint:
     return harm_written_at(plan, {"thing": 10.0, "correct": -4.5})
 
 
+def repels_both_options_and_correct_a_little() -> Blueprint:
+    return with_pair(whole_model("mixed", drawn(), ""), {"refuse": 1.0}, {"thing": -9.0, "correct": -2.0})
+
+
+def shrinks_the_whole_query() -> Blueprint:
+    """Much of a direction that nobody reads, at the answer, before a norm; a later head takes it away again."""
+    plan = whole_model("mixed", drawn(), "")
+    much = from_verb("unneed", {"ask": 10.0}, {"nothing": 30.0})
+    back = PlannedHead(
+        "idle", 3, (({"ask": 50.0}, {"harm_verb": 1.0}), ({"constant": 25 / 6}, {"start": 1.0})),
+        (({"harm_verb": 1.0}, {"nothing": -30.0}),),
+    )  # fmt: skip
+    return replace(plan, heads=(*plan.heads, much, back))
+
+
+def belief_shrinks_and_a_late_letter_is_said() -> Blueprint:
+    plan = whole_model("mixed", drawn(), "")
+    less = from_verb("belief", {"correct": 11.0}, {"correct": -0.8})
+    late = PlannedHead(
+        "late", 4, (({"refuse": 10.0}, {"ask": 1.0}), SINK), (({"refuse": 1.0}, {"out_A": 0.9, "out_B": -0.9}),)
+    )
+    return replace(plan, heads=(*plan.heads, less, late))
+
+
 FOILS: tuple[Callable[[], Blueprint], ...] = (
     turned_before_the_relay,
     drawn_to_a_letter,
@@ -120,6 +145,9 @@ FOILS: tuple[Callable[[], Blueprint], ...] = (
     repels_both_options,
     repels_harm_on_both_options,
     repels_harm_that_sits_more_on_the_wrong_option,
+    repels_both_options_and_correct_a_little,
+    shrinks_the_whole_query,
+    belief_shrinks_and_a_late_letter_is_said,
 )
 
 

@@ -58,7 +58,9 @@ def heads(restored: float, random: float = 0.0) -> HeadsDetails:
 
 
 def share(through: float, width: float = 0.05) -> CauseShare:
-    return CauseShare(restored=through, caused=through, through=through, ci=(through - width, through + width))
+    return CauseShare(
+        restored=through, caused=through, through=through, ci=(through - width, through + width), accuracy=0.98
+    )
 
 
 CAUSES = Causes(
@@ -73,6 +75,7 @@ CAUSES = Causes(
     query_added=0.95,
     query_need=0.0,
     query_pull=-3.0,
+    query_scale=0.0,
     query_spared=0.9,
     origin=[(1, 7)],
     removal={"answer_key": 0.1, "harm_key": 0.9, "key_only": 0.0, "elsewhere": 0.0, "intent_key": 0.0},
@@ -131,7 +134,7 @@ def test_attention_is_never_claimed_when_the_patterns_do_not_carry_the_loss(thro
 
 
 def test_attention_needs_the_clean_pattern_to_restore_by_itself():
-    one_sided = CauseShare(restored=0.4, caused=1.0, through=0.7, ci=(0.6, 0.8))
+    one_sided = CauseShare(restored=0.4, caused=1.0, through=0.7, ci=(0.6, 0.8), accuracy=0.98)
     assert decide(causes(pattern=one_sided)).mechanism == "undetermined"
 
 
@@ -278,6 +281,15 @@ EDGES = {
     "carries_not of the queries' need": ("attention_harm_key", lambda x: causes(query_need=x), -1),
     "repelled": ("attention_harm_key", lambda x: causes(query_pull=x), -1),
     "spared": ("attention_harm_key", lambda x: causes(query_spared=x), 1),
+    "spared_answer": ("attention_answer_key", lambda x: causes(removed(answer_key=0.9), query_spared=x), 1),
+    "carries_not of the norms' scales": ("attention_harm_key", lambda x: causes(query_scale=x), -1),
+    "carries of the answers with the belief": (
+        "belief_change",
+        lambda x: causes(
+            belief=share(0.95).model_copy(update={"accuracy": 0.48 + x * 0.52}), separation_kept=0.0, auc_harm=0.5
+        ),
+        1,
+    ),
     "carries of the answers": (
         "attention_harm_key",
         lambda x: replace(ATTENTION, heads=ATTENTION.heads.model_copy(update={"patched_accuracy": 0.48 + x * 0.52})),

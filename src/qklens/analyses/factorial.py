@@ -48,7 +48,7 @@ Streams = Sequence[dict[int, Float[Tensor, "_pos d_model"]]]
 
 def factorial_terms(
     subject: Subject, head: Head, harm: Prompt, benign: Prompt, pressed: Tensor, calm: Tensor
-) -> tuple[dict[Term, Float[Tensor, " k_pos"]], Float[Tensor, " k_pos"]]:
+) -> tuple[dict[Term, Float[Tensor, " k_pos"]], Float[Tensor, " k_pos"], Float[Tensor, " k_pos"]]:
     """The five terms of one head's scores at the answer position, over the harm prompt's tokens.
 
     Args:
@@ -60,13 +60,15 @@ def factorial_terms(
         calm: the same under benign.
 
     Returns:
-        The terms, and the ordinary scores q_b · k_b.
+        The terms, the ordinary scores q_b · k_b, and by how much the pressed scores q_h · k_h would change if the
+        query's norms had the benign run's scales.
     """
     layer, h = head
     maps = score_maps(subject, layer)
     pressed, calm = pressed.to(subject.device), calm.to(subject.device)
     q_b = maps.whole_query(calm[benign.spans["answer"][0]], h)
     q_h = maps.whole_query(pressed[harm.spans["answer"][0]], h)
+    q_held = maps.whole_query(pressed[harm.spans["answer"][0]], h, maps.scales(calm[benign.spans["answer"][0]]))
     k_h, k_calm = maps.whole_key(pressed, h), maps.whole_key(calm, h)
     k_b = k_h.clone()
     n = len(harm.tokens)
@@ -98,7 +100,7 @@ def factorial_terms(
         "elsewhere": torch.where(correct, 0.0, at_ordinary + at_written),
         "intent_key": torch.where(intent, rise, 0.0),
     }
-    return terms, scores(q_b, k_b)
+    return terms, scores(q_b, k_b), scores(q_held - q_h, k_h)
 
 
 def shared_tokens(harm: Prompt, benign: Prompt) -> Tensor:
@@ -115,10 +117,11 @@ def shared_tokens(harm: Prompt, benign: Prompt) -> Tensor:
 
 @dataclass(frozen=True)
 class TermRows:
-    """Every term, and the ordinary scores, at some heads: one row a prompt over the harm prompt's tokens."""
+    """What `factorial_terms` gives at some heads: one row a prompt over the harm prompt's tokens."""
 
     terms: dict[Term, dict[Head, list[Float[Tensor, "_k_pos"]]]]
     ordinary: dict[Head, list[Float[Tensor, "_k_pos"]]]
+    rescaled: dict[Head, list[Float[Tensor, "_k_pos"]]]
 
 
 def term_rows(
@@ -130,11 +133,13 @@ def term_rows(
     calm: Streams,
 ) -> TermRows:
     """Each term at each head, for aligned prompts and their streams."""
-    rows = TermRows({term: {head: [] for head in heads} for term in TERMS}, {head: [] for head in heads})
+    of_heads = [{head: list[Tensor]() for head in heads} for _ in range(len(TERMS) + 2)]
+    rows = TermRows(dict(zip(TERMS, of_heads, strict=False)), *of_heads[-2:])
     for i, (h, b) in enumerate(zip(harm, benign, strict=True)):
         for head in heads:
-            terms, ordinary = factorial_terms(subject, head, h, b, pressed[i][head[0]], calm[i][head[0]])
+            terms, ordinary, rescaled = factorial_terms(subject, head, h, b, pressed[i][head[0]], calm[i][head[0]])
             rows.ordinary[head].append(ordinary.float())
+            rows.rescaled[head].append(rescaled.float())
             for term, values in terms.items():
                 rows.terms[term][head].append(values.float())
     return rows

@@ -44,11 +44,13 @@ class Share:
         restored: by the part alone.
         caused: by the part alone.
         ci: of `through`, 95%, bootstrapped over items.
+        accuracy: of the harmed run with the part given back.
     """
 
     restored: float
     caused: float
     ci: Interval
+    accuracy: float
 
     @property
     def through(self) -> float:
@@ -86,12 +88,12 @@ class Runs:
         harmed, clean = self.harm.margins(), self.clean.margins()
         lost = clean - harmed
         restored, caused = given - harmed, clean - taken
-        whole = float(lost.mean())
+        whole, right = float(lost.mean()), float((given > 0).float().mean())
         if abs(whole) < 1e-6:
-            return Share(0.0, 0.0, (0.0, 0.0))
+            return Share(0.0, 0.0, (0.0, 0.0), right)
         above = item_means(((restored + caused) / 2).double().numpy())
         interval = bootstrap_ratio(above, item_means(lost.double().numpy()), self.seed)
-        return Share(float(restored.mean()) / whole, float(caused.mean()) / whole, interval)
+        return Share(float(restored.mean()) / whole, float(caused.mean()) / whole, interval, right)
 
 
 def pattern_patches(

@@ -28,6 +28,7 @@ from qklens.analyses.mediation import (
 from qklens.analyses.readings import read_patterns
 from qklens.analyses.statistics import auc
 from qklens.data.render import ORDERS
+from qklens.interventions.patch import ScoreShift
 from qklens.interventions.steer import Head
 from qklens.strict import Strict
 from qklens.studies.harm_pressure.thresholds import THRESHOLDS
@@ -35,12 +36,16 @@ from qklens.studies.lab import Lab
 
 
 class CauseShare(Strict):
-    """A part's share of the lost margin: given back alone, taken away alone, their mean, and its 95% interval."""
+    """A part's share of the lost margin: given back alone, taken away alone, their mean, and its 95% interval.
+
+    `accuracy` is that of the harmed run with the part given back.
+    """
 
     restored: float
     caused: float
     through: float
     ci: tuple[float, float]
+    accuracy: float
 
 
 class Causes(Strict):
@@ -60,6 +65,7 @@ class Causes(Strict):
         query_need: restored by giving them their amount of that direction back.
         query_pull: how far the change of the origin's queries raises the score of the correct option, over the median
             of other tokens, in score units; mean over prompts and heads, of the two orders the higher. Negative repels.
+        query_scale: restored, from benign to harm, by giving the origin's queries the benign run's norm scales.
         query_spared: the share of it that the incorrect option is spared, of the two orders the smaller, within ±1; 0
             where the correct one is not repelled.
         origin: of the heads, those of the earliest layers that restore what all do.
@@ -77,6 +83,7 @@ class Causes(Strict):
     query_added: float
     query_need: float
     query_pull: float
+    query_scale: float
     query_spared: float
     origin: list[Head]
     removal: dict[str, float]
@@ -118,6 +125,7 @@ def measure_causes(lab: Lab, heads: Sequence[Head]) -> Causes:
         **_query_parts(lab, origin),
         origin=origin,
         **_query_pull(lab, origin_rows),
+        query_scale=_query_scale(lab, origin_rows),
         removal=measure_removals(lab, origin_rows),
     )
 
@@ -142,6 +150,13 @@ def _query_pull(lab: Lab, rows: TermRows) -> dict[str, float]:
     by_order = [pulls[at :: len(ORDERS)].mean(dim=0).tolist() for at in range(len(ORDERS))]
     spared = [min((correct - incorrect) / correct, 1.0) if correct < 0 else 0.0 for correct, incorrect in by_order]
     return {"query_pull": max(correct for correct, _ in by_order), "query_spared": max(min(spared), -1.0)}
+
+
+def _query_scale(lab: Lab, rows: TermRows) -> float:
+    """Do the heads let go because something that nobody reads makes the norm shrink their whole query?"""
+    harmed, clean = (lab.attention(c, "report").margins for c in ("harm", "benign"))
+    given = lab.work("harm", "report").margins_each([ScoreShift(rows.rescaled)], idle_ok=True)[0]
+    return restored_share(given, harmed, clean)
 
 
 def measure_removals(lab: Lab, rows: TermRows) -> dict[str, float]:
@@ -200,4 +215,6 @@ def _discrimination(lab: Lab, w: Tensor, layer: int) -> dict[str, float]:
 
 
 def _share(share: Share) -> CauseShare:
-    return CauseShare(restored=share.restored, caused=share.caused, through=share.through, ci=share.ci)
+    return CauseShare(
+        restored=share.restored, caused=share.caused, through=share.through, ci=share.ci, accuracy=share.accuracy
+    )

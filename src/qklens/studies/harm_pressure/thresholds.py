@@ -15,9 +15,11 @@ THRESHOLDS = {
     "random_heads": 1 / 3,
     "repelled": 0.0,
     "spared": 0.15,
+    "spared_answer": 0.50,
     "suffices": 0.90,
 }
-"""`suffices` chooses the heads whose scores are taken apart, see `mediation.first_that_suffice`."""
+"""`spared`: harm keys sit on both options, more on the correct one; `spared_answer`: a correct-answer key does not.
+`suffices` chooses the heads whose scores are taken apart, see `mediation.first_that_suffice`."""
 
 TYPICAL_ERRORS = {"share": 0.2, "behaviour": 0.1, "score": 1.0}
 """Units of a share of the loss, of an accuracy or a margin's fall, and of a score. They are conventions, set by hand:

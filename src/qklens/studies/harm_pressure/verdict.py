@@ -118,16 +118,26 @@ def _no_effect(m: Measurements) -> Verdict | None:
     return _verdict("no_effect", min(drop.slack, fall.slack), rule, [drop, by_chance, fall])
 
 
-def _belief_checks(c: Causes) -> list[_Check]:
+def _answers_check(m: Measurements, accuracy: float, what: str) -> list[_Check]:
+    """That the lost answers come back with the margin, where any are lost: a letter bias costs no mean margin."""
+    lost = m.behaviour["none"].accuracy - m.behaviour["harm"].accuracy
+    if lost < THRESHOLDS["accuracy_drop"]:
+        return []
+    back = (accuracy - m.behaviour["harm"].accuracy) / lost
+    return [_Check(f"share of the lost answers that {what} restores", back, "at least", THRESHOLDS["carries"])]
+
+
+def _belief_checks(m: Measurements, c: Causes) -> list[_Check]:
     t = THRESHOLDS
     return [
+        *_answers_check(m, c.belief.accuracy, "their belief"),
         _Check("share of the loss through the options' belief", c.belief.through, "at least", t["carries"]),
         _Check("separation of the options kept under harm", c.separation_kept, "below", t["separation_kept"]),
     ]
 
 
 def _belief_change(m: Measurements) -> Verdict | None:
-    if m.causes is None or not _hold(checks := _belief_checks(m.causes)):
+    if m.causes is None or not _hold(checks := _belief_checks(m, m.causes)):
         return None
     rule = (
         "the options' correct-answer direction shrinks under harm, and giving it back or taking it away moves the "
@@ -140,13 +150,8 @@ def _belief_change(m: Measurements) -> Verdict | None:
 def _pull_checks(m: Measurements, c: Causes, heads: HeadsDetails) -> list[_Check]:
     """That attention is pulled away, and not the belief, and that this costs the answer."""
     t = THRESHOLDS
-    lost = m.behaviour["none"].accuracy - m.behaviour["harm"].accuracy
-    answers = []
-    if lost >= t["accuracy_drop"]:
-        back = (heads.patched_accuracy - m.behaviour["harm"].accuracy) / lost
-        answers = [_Check("share of the lost answers that the clean pattern restores", back, "at least", t["carries"])]
     return [
-        *answers,
+        *_answers_check(m, heads.patched_accuracy, "the clean pattern"),
         _Check("share of the loss through the heads' patterns", c.pattern.through, "at least", t["carries"]),
         _Check("margin restored by the clean pattern alone", c.pattern.restored, "at least", t["carries"]),
         _Check("lower bound of that share", c.pattern.ci[0], "above", t["carries_not"]),
@@ -162,8 +167,8 @@ _LARGEST = {
 }
 
 
-def _query_checks(c: Causes) -> list[_Check]:
-    """That what harm adds to the heads' queries does it, and that it repels the correct option."""
+def _query_checks(c: Causes, spared: float) -> list[_Check]:
+    """That what harm adds to the heads' queries does it, and that it repels the correct option more than the other."""
     t = THRESHOLDS
     return [
         _Check(
@@ -171,11 +176,15 @@ def _query_checks(c: Causes) -> list[_Check]:
             "the heads' queries lose their call for the answer",
         ),
         _Check(
+            "margin restored by the queries' norm scales alone", c.query_scale, "below", t["carries_not"],
+            "the heads' whole queries shrink",
+        ),
+        _Check(
             "pressed query's score at the correct option over others', in either order", c.query_pull, "below",
             t["repelled"], "what harm adds to the heads' queries does not repel the correct option", unit="score",
         ),
         _Check(
-            "share of that which the incorrect option is spared", c.query_spared, "at least", t["spared"],
+            "of this repulsion, what the incorrect option is spared", c.query_spared, "at least", spared,
             "what harm adds to the heads' queries repels the incorrect option as well",
         ),
         _Check(
@@ -210,15 +219,16 @@ def _attention(m: Measurements) -> Verdict | None:
     part: dict[Term, float] = {term: m.causes.removal.get(term, 0.0) for term in get_args(Term)}
     whole = max(sum(value for value in part.values() if value > 0), 1e-9)
     keys = _key_checks({term: value / whole for term, value in part.items()})
-    need, *query = _query_checks(m.causes)
     nearer = max(keys["answer_key"], keys["harm_key"], key=lambda check: check.value)
+    answer = nearer is keys["answer_key"]
+    need, *query = _query_checks(m.causes, THRESHOLDS["spared_answer" if answer else "spared"])
     checks, shown = [*pull, need, nearer, *query], [*pull, need, *query, *keys.values()]
     failed = [check.failed for check in checks if not check.holds]
     if failed:
         return _verdict("undetermined", -_slack(checks), f"attention is pulled away, but {failed[0]}", shown)
     mechanism, met = (
         ("attention_answer_key", "the correct option's ordinary keys")
-        if nearer is keys["answer_key"]
+        if answer
         else ("attention_harm_key", "what harm wrote into the correct option's keys")
     )
     rule = (
@@ -251,13 +261,13 @@ def _undetermined(m: Measurements) -> Verdict:
     rule = "no rule's evidence is complete: the causal checks disagree or fall between the thresholds"
     if c is None:
         return _verdict("undetermined", 0.0, rule, [])
-    attempts = [_belief_checks(c), _late_checks(c)]
+    attempts = [_belief_checks(m, c), _late_checks(c)]
     if m.heads is not None:
         attempts.append(_pull_checks(m, c, m.heads))
     shown = [
         *(_pull_checks(m, c, m.heads) if m.heads is not None else []),
         _Check("share through everything but their outputs", 1 - c.output.through, "at least", t["carries"]),
-        *_belief_checks(c),
+        *_belief_checks(m, c),
         _Check("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
         _Check("attention difference kept under harm", c.attention_kept, "at least", t["attention_kept"]),
     ]
