@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,12 @@ def test_tokens_weighed_as_without_pressure(lab, weighting):
     assert means.total == pytest.approx(total, abs=1e-4)
     own = mean_terms(lens, prompts["harm"], written["harm"], how).total
     assert abs(own - total) > 1e-3
+    assert how.fits(prompts["none"][0], prompts["harm"][0])
+    asked = prompts["harm"][0]
+    more = {n: (*at, at[-1] + 1) for n, at in asked.spans.items() if n in ("correct", "correct.boundary")}
+    longer = replace(asked, spans=asked.spans | more)
+    assert not how.fits(prompts["none"][0], longer)
+    assert not Weighting("share").fits(prompts["none"][0], prompts["harm"][0])
     same = mean_terms(lens, prompts["none"], written["none"], how, (prompts["none"], written["none"])).total
     assert same == pytest.approx(mean_terms(lens, prompts["none"], written["none"], how).total, abs=1e-6)
 

@@ -55,7 +55,7 @@ def test_the_pressure_is_held_against_its_twin(
     rows = [r.model_dump() for r in outcomes["full"].transfer]
     for row in rows:
         row["margin_minus_benign"] = row["margin_minus_benign"] and margin
-    assert f"the pressure does {does} than its benign twin" in said(make(transfer=rows), "transfer")
+    assert f"by it the pressure does {does} than its benign twin" in said(make(transfer=rows), "transfer")
 
 
 def test_a_pair_that_comes_late_does_not_explain_the_fall(

@@ -203,7 +203,8 @@ def mean_terms(
         prompts: what was asked.
         written: the same, as their sources.
         weighting: over which tokens.
-        calm: the same items and orders without pressure; tokens are weighed as in these, see `Weighting.carried`.
+        calm: the same items and orders without pressure, which the weighting fits; tokens are weighed as in these, see
+            `Weighting.carried`.
 
     Raises:
         QklensError: there is no prompt, or a prompt lacks the weighting's span.
@@ -212,11 +213,11 @@ def mean_terms(
         raise QklensError("mean pair terms need at least one prompt")
     queries, keys, values = [], [], []
     for i, (prompt, parts) in enumerate(zip(prompts, written, strict=True)):
-        weighed = weighting.weigh(lens, prompt, parts)
-        if calm is not None:
-            other = weighting.weigh(lens, calm[0][i], calm[1][i]).weights
-            moved = weighting.carried(other, calm[0][i], prompt)
-            weighed = weighed if moved is None else Weighed(moved, None)
+        if calm is None:
+            weighed = weighting.weigh(lens, prompt, parts)
+        else:
+            of, before = calm[0][i], calm[1][i]
+            weighed = Weighed(weighting.carried(weighting.weigh(lens, of, before).weights, of, prompt), None)
         queries.append(lens.query(parts, prompt.spans["answer"][0]))
         keys.append(lens.keys(parts, weighed.weights))
         values.append(weighed.logsumexp)

@@ -89,23 +89,21 @@ class Weighting:
         first, *rest = (float(scores[span].logsumexp(dim=0)) for span in spans)
         return Weighed(within[0] - within[1] if rest else within[0], first - sum(rest))
 
-    def carried(self, weights: Float[Tensor, " k_pos"], of: Prompt, to: Prompt) -> Float[Tensor, " to_pos"] | None:
-        """One prompt's weights at the same tokens of another that asks the same.
+    def fits(self, of: Prompt, to: Prompt) -> bool:
+        """Whether one prompt's weights can be carried to another: it weighs spans alone, of as many tokens in both."""
+        lengths = [[len(p.span(name, self.parts)) for name in self.spans()] for p in (of, to)]
+        return self.kind != "share" and lengths[0] == lengths[1]
 
-        Nothing where a span has another number of tokens there, or for `share`, which weighs every token.
+    def carried(self, weights: Float[Tensor, " k_pos"], of: Prompt, to: Prompt) -> Float[Tensor, " to_pos"]:
+        """One prompt's weights at the same tokens of another that asks the same, which it must fit.
 
-        Under pressure a head's own weights leave the very token that is pushed away, and its terms with them: a pair of
-        −14 at that token counts for −0.4. Weighed as without pressure it counts whole; what all terms sum to is then
-        the mean of the pressed scores over the tokens that the head would have looked at.
+        Under pressure a head's own weights leave the very token that is pushed away, and its terms with them. Weighed
+        as without pressure it counts whole; what all terms sum to is then the mean of the pressed scores over the
+        tokens that the head would have looked at.
         """
-        if self.kind == "share":
-            return None
         moved = weights.new_zeros(len(to.tokens))
         for name in self.spans():
-            source, target = list(of.span(name, self.parts)), list(to.span(name, self.parts))
-            if len(source) != len(target):
-                return None
-            moved[target] = weights[source]
+            moved[list(to.span(name, self.parts))] = weights[list(of.span(name, self.parts))]
         return moved
 
 

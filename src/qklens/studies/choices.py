@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 
 from qklens.analyses.belief import BeliefCandidate, best_belief, option_sums, rank_belief
@@ -57,6 +58,30 @@ def _with_earlier(ranked: Sequence[Head], selected: list[Head], best: float, eff
     if best <= 0 or max(curve) < 0.9 * best:
         return selected
     return list(dict.fromkeys([*_with_earlier(ranked, earlier[: fewest(curve)], best, effect), *selected]))
+
+
+def default_heads(lab: Lab, written: Collection[int], source: str) -> tuple[Head, ...]:
+    """The heads that a table reads when none is named, with a note where none of them is an answer-selection head.
+
+    Args:
+        lab: model, items and source.
+        written: layers that the source writes.
+        source: its name.
+
+    Raises:
+        QklensError: the source writes no candidate's input.
+    """
+    selected, ranked, _ = choose_heads(lab)
+    heads = heads_to_read(selected, ranked, written, source)
+    if not set(heads) & set(selected):
+        names = ", ".join(f"L{layer}H{head}" for layer, head in selected)
+        found = (
+            f"the answer-selection heads {names} read layers that {source} does not write"
+            if selected
+            else ("no answer-selection head was found, as the answers without pressure are no better than chance")
+        )
+        warnings.warn(f"{found}; reading L{heads[0][0]}H{heads[0][1]}, the best other head", stacklevel=2)
+    return tuple(heads)
 
 
 def heads_to_read(

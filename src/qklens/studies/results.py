@@ -154,7 +154,7 @@ class InteractionRow(Strict):
     weighed_as_none: float | None = Field(
         default=None,
         description="of two roles: the same with tokens weighed as the head weighs them without pressure, so that one "
-        "which pressure pushes away still counts",
+        "which pressure pushes away still counts; none where an option has another number of tokens there",
     )
 
 

@@ -135,6 +135,8 @@ def _shares(row: HeadRow, condition: Condition) -> dict[str, float]:
 
 
 def _patch(details: HeadsDetails) -> Drawing | None:
+    if not details.selected:
+        return None
     lost = details.none_margin - details.harm_margin
     rows: list[dict[str, object]] = []
     for label, value, color, bounds in (

@@ -113,7 +113,7 @@ def heads(results: Results) -> Section:
 
 def interactions(results: Results) -> Section:
     """The pairs at both ends of the ranking."""
-    title = "Query\u2013key interactions at the selected heads"
+    title = "Query\u2013key interactions at these heads"
     question = "Which pairs of sources raise attention to the correct option, and which lower it?"
     low_high = {kind: ranked(results.interactions, kind, 1) for kind in ("contrastive", "realised")}
     kind = next((kind for kind, rows in low_high.items() if rows), None)

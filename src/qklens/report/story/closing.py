@@ -127,8 +127,8 @@ def completeness(results: Results) -> tuple[str, ...]:
         f"score before softmax by at most {number(found.max_relative_error)} of the largest score in size, {verdict} "
         "(float32).",
         f"Contrastive terms with an error on either side are {percent(found.error_share)} of the summed size of all "
-        "contrastive terms at the selected heads. Realised terms are not counted: the size of their biases depends on "
-        "how the weights are written.",
+        "contrastive terms at the heads looked through. Realised terms are not counted: the size of their biases "
+        "depends on how the weights are written.",
     )
 
 

@@ -107,7 +107,7 @@ def _because(*reasons: str) -> str:
 
 def _patch(results: Results) -> str:
     details = results.heads_details
-    if details is None:
+    if details is None or not details.selected:
         return ""
     return (
         f"clean patterns put back into {count(len(details.selected), 'head')} restore {percent(details.restored, 0)} "
@@ -161,6 +161,8 @@ def _restored(results: Results) -> KeyNumber:
     details = results.heads_details
     if details is None:
         return KeyNumber(label, "\u2014", not_run(results, "heads"))
+    if not details.selected:
+        return KeyNumber(label, "\u2014", "no head is selected")
     return KeyNumber(
         label,
         percent(details.restored),
@@ -172,6 +174,8 @@ def _drawn(results: Results) -> KeyNumber:
     label = "Attention on the token that draws a selected head most under harm"
     if results.heads_details is None:
         return KeyNumber(label, "\u2014", not_run(results, "heads"))
+    if not results.heads_details.selected:
+        return KeyNumber(label, "\u2014", "no head is selected")
     found = strongest(results)
     if found is None:
         return KeyNumber(label, "none", "no token outside the options gains a tenth of a selected head's attention")

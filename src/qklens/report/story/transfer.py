@@ -29,7 +29,7 @@ def transfer(results: Results) -> Section:
     """The same heads, feature and strength on other sets."""
     title = "Other sets of withholding"
     question = (
-        "Do the same heads and the same feature act when the user describes symptoms, or asks for help with fraud?"
+        "Do the same heads and the same feature act when the user describes symptoms, or asks for a fake document?"
     )
     if not results.transfer or "transfer" in results.skipped:
         return empty(results, "transfer", title, question)
@@ -70,8 +70,8 @@ def _behaviour(name: str, rows: dict[str, Transfer], *, steered: bool) -> str:
     if harm.margin_minus_benign is not None:
         _, low, high = harm.margin_minus_benign
         text += (
-            f" Beside the benign sentence the margin is {signed_estimate(harm.margin_minus_benign)}: the pressure does "
-            f"{'more' if high < 0 else 'less' if low > 0 else 'no more'} than its benign twin."
+            f" Beside the benign sentence the margin is {signed_estimate(harm.margin_minus_benign)}: by it the "
+            f"pressure does {'more' if high < 0 else 'less' if low > 0 else 'no more'} than its benign twin."
         )
     text += f" Refuse-and-redirect's activation at the answer is {number(harm.refuse_activation)}."
     if not steered:

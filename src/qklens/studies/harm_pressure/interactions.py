@@ -39,9 +39,9 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None, named: Mapping[str,
         lens = lab.lens(layer, head)
         calm = lab.prompts("none", "report"), lab.written("none", "report", layer)
         for condition in CONDITIONS:
-            written = lab.written(condition, "report", layer)
+            prompts, written = lab.prompts(condition, "report"), lab.written(condition, "report", layer)
             for weighting in (REALISED, CONTRASTIVE):
-                means = mean_terms(lens, lab.prompts(condition, "report"), written, weighting)
+                means = mean_terms(lens, prompts, written, weighting)
                 if weighting is CONTRASTIVE:
                     error_shares.append(means.error_share())
                 pairs = means.top(TOP_PAIRS)
@@ -54,8 +54,10 @@ def run(lab: Lab, heads: Sequence[Head], belief: str | None, named: Mapping[str,
                     for name, value in zip(names, means.of_pairs(between), strict=True)
                     if name not in shown
                 ]
-                calmly = mean_terms(lens, lab.prompts(condition, "report"), written, weighting, calm)
-                weighed = dict(zip(names, calmly.of_pairs(between), strict=True))
+                weighed = dict[tuple[str, str], float]()
+                if all(weighting.fits(of, to) for of, to in zip(calm[0], prompts, strict=True)):
+                    calmly = mean_terms(lens, prompts, written, weighting, calm)
+                    weighed = dict(zip(names, calmly.of_pairs(between), strict=True))
                 rows += [
                     InteractionRow(
                         layer=layer,

@@ -24,7 +24,7 @@ from qklens.data.render import CONDITIONS
 from qklens.errors import QklensError, nearest
 from qklens.interventions.steer import Head
 from qklens.models.scores import score_maps, virtual_interaction
-from qklens.studies.choices import belief_candidates, choose_heads, heads_to_read
+from qklens.studies.choices import belief_candidates, default_heads
 from qklens.studies.lab import HALVES, Half, Lab
 from qklens.studies.populations import key_spans, populations
 from qklens.studies.progress import Tick, silent
@@ -103,7 +103,7 @@ def pair_table(
             active, an unknown feature or role.
     """
     known_roles(lab.source, named)
-    heads = request.heads or tuple(heads_to_read(*choose_heads(lab)[:2], lab.source.layers, lab.source.name))
+    heads = request.heads or default_heads(lab, lab.source.layers, lab.source.name)
     lenses = [lab.lens(*head) for head in heads]
     step = tick(len(lenses))
     belief = belief_candidates(lab)[0].feature

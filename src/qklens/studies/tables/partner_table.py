@@ -27,7 +27,7 @@ from qklens.errors import QklensError
 from qklens.interventions.steer import Head
 from qklens.models.scores import Rotation, offset_rotation, score_maps, virtual_reader
 from qklens.strict import Strict
-from qklens.studies.choices import belief_candidates, choose_heads, heads_to_read
+from qklens.studies.choices import belief_candidates, default_heads
 from qklens.studies.config import LabConfig
 from qklens.studies.dictionary_fit import check_belongs
 from qklens.studies.lab import Lab
@@ -242,7 +242,7 @@ def _heads(lab: Lab, request: PartnerRequest, decoder: _Decoder, source: str) ->
     if request.every:
         return tuple((layer, head) for layer in decoder.layers for head in range(lab.subject.n_heads))
     if not request.heads:
-        return _selecting(lab, decoder, source)
+        return default_heads(lab, decoder.layers, source)
     for layer, head in request.heads:
         lab.subject.check_head(layer, head)
         if layer not in decoder.layers:
@@ -251,10 +251,6 @@ def _heads(lab: Lab, request: PartnerRequest, decoder: _Decoder, source: str) ->
                 f"L{layer}H{head}; it writes layers {list(decoder.layers)}"
             )
     return request.heads
-
-
-def _selecting(lab: Lab, decoder: _Decoder, source: str) -> tuple[Head, ...]:
-    return tuple(heads_to_read(*choose_heads(lab)[:2], decoder.layers, source))
 
 
 def _feature(
@@ -267,7 +263,7 @@ def _feature(
     if choice.law is None:
         use_source(lab, choice, *load_source(lab, choice.folder))
     belief = lab.source.labels[belief_candidates(lab)[0].feature]
-    heads = request.heads or _selecting(lab, decoder, name)
+    heads = request.heads or default_heads(lab, decoder.layers, name)
     return find_roles(lab, heads, belief)[0].chosen[ROLES[ROLES.index(request.feature)]]
 
 

@@ -20,7 +20,7 @@ from qklens.errors import QklensError, nearest
 from qklens.interventions.direction import Direction
 from qklens.interventions.steer import ALL_TOKENS, Head, Steer
 from qklens.models.edits import Side
-from qklens.studies.choices import belief_candidates, choose_heads, heads_to_read
+from qklens.studies.choices import belief_candidates, default_heads
 from qklens.studies.controls import Controls, feature_layers, find_controls
 from qklens.studies.head_names import head_name
 from qklens.studies.lab import Lab
@@ -60,7 +60,7 @@ class SteerPlan:
     @cached_property
     def chosen(self) -> tuple[Head, ...]:
         """The answer-selection heads whose input the source writes."""
-        return tuple(heads_to_read(*choose_heads(self.lab)[:2], self.lab.source.layers, self.lab.source.name))
+        return default_heads(self.lab, self.lab.source.layers, self.lab.source.name)
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
