@@ -52,6 +52,10 @@ def test_a_finished_bench_is_counted_and_not_run_again(qklens: Callable[..., Any
     ended = qklens("bench", "planted", "--small", "--seeds", "3", "--out", tmp_path / "out", "--processes", 1)
     assert ended.status == 0
     assert "held out seeds: right verdict in 9 of 10 runs" in ended.out
+    matrix = [line.split() for line in ended.out.splitlines() if line.endswith(" .") and "(late_flip)" in line]
+    assert [row[0] for row in matrix if row[-7:] == [".", ".", ".", "[0]", ".", "1", "."]] == ["decoy"]
+    assert sum(row[-7:] == [".", ".", ".", "[1]", ".", ".", "."] for row in matrix) == 8
+    assert "late_flip                                   .          .          .        [1]" in ended.out
     assert "attention verdicts where refuse-and-redirect moves no head: 1" in ended.out
     assert "heads: recall 1.000, precision 0.909 (10 planted)" in ended.out
     assert "signs, planted dictionary: " in ended.out

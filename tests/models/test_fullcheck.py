@@ -52,6 +52,33 @@ def test_a_family_file_that_lies_is_found_out(case, lies, named, word_tokenizer)
     assert any(named in failure for failure in failures), failures
 
 
+def long_and_at_right_angles(tokenizer, **lies):
+    """GPT-2 whose queries and keys in layer 1 are long and nearly at right angles: scores are what little is left."""
+    subject = subject_of("gpt2", tokenizer, **lies)
+    bias, d_model, d_head = subject.model.transformer.h[1].attn.c_attn.bias, subject.d_model, subject.d_head
+    length = 3e3
+    with torch.no_grad():
+        for head in range(subject.n_heads):
+            at = head * d_head
+            bias[at : at + 2] += length
+            bias[d_model + at] += length
+            bias[d_model + at + 1] -= length
+    return subject
+
+
+def test_rounding_of_long_queries_and_keys_is_no_error(word_tokenizer):
+    check = full_check(long_and_at_right_angles(word_tokenizer))
+    plain, long = check.layers[0], check.layers[1]
+    assert plain.rounding < 1e-5
+    assert long.score_error > check.tolerance, "without its allowance this model is refused"
+    assert check.failures() == []
+
+
+def test_the_allowance_for_rounding_hides_no_wrong_norm(word_tokenizer):
+    failures = full_check(long_and_at_right_angles(word_tokenizer, input_norm=lambda layer: layer.ln_2)).failures()
+    assert any("layer 1: score error" in failure for failure in failures), failures
+
+
 def test_padding_that_moves_positions_is_found_out(word_tokenizer, monkeypatch):
     subject = subject_of("gpt2", word_tokenizer)
     forward = subject.model.forward

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from head_tables import FOLDS, lab_of, table_of
+from qklens.analyses.statistics import wilson
 from qklens.data.render import CONDITIONS
 from qklens.errors import QklensError
 from qklens.interventions.engine import Workset
 from qklens.interventions.patch import HeadAblation
 from qklens.interventions.points import several
+from qklens.studies import choices
+from qklens.studies.choices import choose_heads, default_heads
 from qklens.studies.config import LabConfig
 from qklens.studies.lab import Lab, fold_items
 from qklens.studies.opening import open_lab
@@ -120,6 +123,24 @@ def test_heads_are_chosen_without_the_items_of_their_fold(tiny_llama, items, mon
         assert after.folds[number].effect != before.folds[number].effect
         moved += sum(a.heads != b.heads for a, b in zip(after.folds, before.folds, strict=True))
     assert moved, "spoilt items that train a fold do change its choice"
+
+
+def test_no_head_selects_where_nothing_is_answered_and_a_table_says_what_it_reads(lab, organism, monkeypatch):
+    """A random model's answers are chance: none of its heads is selected, and tables read the best one with a note."""
+    calm = lab.work("none", "discovery").margins()
+    right = int((calm > 0).sum())
+    assert wilson(right, len(calm))[0] <= 0.5
+    selected, ranked, _ = choose_heads(lab)
+    assert selected == []
+    best = ranked[0]
+    with pytest.warns(UserWarning, match=f"no better than chance; reading L{best[0]}H{best[1]}, the best other head"):
+        assert default_heads(lab, [best[0]], "directions") == (best,)
+    selected, *_ = choose_heads(organism)
+    assert selected
+    assert set(default_heads(organism, [2], "organism")) <= set(selected), "without a note"
+    monkeypatch.setattr(choices, "choose_heads", lambda lab: ([(2, 4), (2, 6)], [(2, 4), (2, 6), (1, 3), (1, 0)], []))
+    with pytest.warns(UserWarning, match="L2H4, L2H6 read layers that 'here' does not write; reading L1H3"):
+        assert default_heads(organism, [1], "here") == ((1, 3),)
 
 
 def test_folds_share_no_pair_of_options(items):

@@ -76,7 +76,7 @@ def default_heads(lab: Lab, written: Collection[int], source: str) -> tuple[Head
     if not set(heads) & set(selected):
         names = ", ".join(f"L{layer}H{head}" for layer, head in selected)
         found = (
-            f"the answer-selection heads {names} read layers that {source} does not write"
+            f"the answer-selection heads {names} read layers that {source!r} does not write"
             if selected
             else ("no answer-selection head was found, as the answers without pressure are no better than chance")
         )

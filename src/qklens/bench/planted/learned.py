@@ -23,20 +23,22 @@ from qklens.models.subject import Subject
 TRAINING = TrainingConfig(
     kind="crosscoder",
     layers=SELECTING_LAYERS,
-    features=128,
+    features=256,
     activation="batch_topk",
-    k=2,
+    k=1,
     first_k=8,
-    sparsity_warmup_steps=300,
-    steps=600,
+    sparsity_warmup_steps=1200,
+    steps=2400,
     batch=256,
     learning_rate=3e-3,
     auxiliary_weight=0.03,
     dead_after_steps=100,
 )
-"""Few active features a row leave them less mixed, and beginning with more helps: on five models of seeds 1 and 2 the
-roles' best features have a mean cos of 0.88 with the planted directions, and 0.13 with another role's (k = 2 from the
-first step with 64 features: 0.78, 0.21; k = 3: 0.67, 0.17)."""
+"""Few active features a row leave them less mixed, and beginning with more helps. On ten models of seeds 0 to 2 the
+best features' mean cos with need, correct, harm and refuse is 0.87, 0.96, 1.00 and 0.98 (three seeds); with 128
+features, k = 2 and 600 steps 0.69, 0.85, 0.97 and 0.91. `need` is hardest: it stands beside `ask` wherever a letter is
+asked for.
+"""
 _ANSWERS = 4
 
 
