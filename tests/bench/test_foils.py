@@ -1,8 +1,8 @@
 """Forms outside the bench that look like a pulled-away attention: none of them may get an attention verdict.
 
 Each but the last was once named `attention_answer_key` or `attention_harm_key` with a confidence of 0.93 to 0.99, the
-last `belief_change`. Reviewers who knew
-the rules made them up, and checks were added for them, so they say nothing of forms that nobody has thought of.
+last `belief_change`. Reviewers who knew the rules made them up, and checks were added for them, so they say nothing of
+forms that nobody has thought of.
 """
 
 from __future__ import annotations
