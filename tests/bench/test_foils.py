@@ -132,6 +132,30 @@ def belief_shrinks_and_a_late_letter_is_said() -> Blueprint:
     return replace(plan, heads=(*plan.heads, less, late))
 
 
+def chosen_before_the_answer() -> Blueprint:
+    """Heads select at the template's `<|end|>`, which alone has `nothing`, and are pulled off there.
+
+    A relay reads the letter at the answer, where a weak head looks at the right option whatever is said.
+    """
+    plan = whole_model("mixed", drawn(layout="relay head"), "", pressed=("correct", "correct"))
+    there = {"need": 9.0, "refuse": 10.0}
+    heads = [
+        replace(h, pairs=(({"nothing": there[h.part]}, h.pairs[0][1]), *h.pairs[1:])) if h.part in there else h
+        for h in plan.heads
+        if h.part != "relay"
+    ]
+    size = 0.1
+    relay = PlannedHead(
+        "relay", 3, (({"ask": 10.0}, {"nothing": 1.0}), SINK),
+        (({"pick_A": 1.0}, {"out_A": 1.0}), ({"pick_B": 1.0}, {"out_B": 1.0})),
+    )  # fmt: skip
+    weak = PlannedHead(
+        "idle", 2, (({"ask": 1.0}, {"correct": 7.0, "thing": 4.0}), SINK),
+        (({"option_A": 1.0}, {"out_A": size}), ({"option_B": 1.0}, {"out_B": size})),
+    )  # fmt: skip
+    return replace(plan, heads=(*heads, relay, weak))
+
+
 FOILS: tuple[Callable[[], Blueprint], ...] = (
     turned_before_the_relay,
     drawn_to_a_letter,
@@ -151,17 +175,18 @@ FOILS: tuple[Callable[[], Blueprint], ...] = (
 )
 
 
-def studied(plan: Blueprint, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
+def studied(plan: Blueprint, folder: Path, monkeypatch: pytest.MonkeyPatch, idle: str = "a") -> Results:
+    """The study of a model; `idle` is the token that has the direction `nothing`, where a head looks for it."""
     basis = draw_basis(LEVELS[0].superposition, torch.Generator().manual_seed(1))
     if "nothing" in {name for h in plan.heads for _, key in h.pairs for name in key}:
         embedding = weights._embedding
 
-        def with_articles(*given: object) -> torch.Tensor:
+        def with_idle(*given: object) -> torch.Tensor:
             rows = embedding(*given).clone()
-            rows[vocabulary()["a"]] += basis["nothing"].to(rows)
+            rows[vocabulary()[idle]] += basis["nothing"].to(rows)
             return rows
 
-        monkeypatch.setattr(weights, "_embedding", with_articles)
+        monkeypatch.setattr(weights, "_embedding", with_idle)
     model = weights.write_model(plan, "llama", LEVELS[0], basis, 1).model
     folder.mkdir()
     model.config.save_pretrained(folder)
@@ -186,3 +211,12 @@ def test_it_is_no_attention_verdict(
     assert behaviour["harm"].margin < 0.75 * behaviour["benign"].margin, "harm costs the margin"
     assert not results.verdict.mechanism.startswith("attention"), results.verdict.rule
     assert results.verdict.mechanism in ("undetermined", "late_flip")
+
+
+def test_a_choice_made_before_the_answer_is_no_late_flip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once `late_flip` with 0.99 on a trained model: all that looks at the options from the answer looks on."""
+    results = studied(chosen_before_the_answer(), tmp_path / "foil", monkeypatch, "<|end|>")
+    assert results.verdict.mechanism == "undetermined"
+    assert "heads at tokens before the answer are pulled off the options" in results.verdict.rule
+    between = next(e for e in results.verdict.evidence if "tokens between these and the answer" in e.name)
+    assert between.value > 0.9

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from qklens.data.render import Prompt
 from qklens.interventions.steer import Steer
 from qklens.models.batch import Batch
-from qklens.models.edits import Edit, ScoreEdit, VectorEdit
+from qklens.models.edits import Edit, PatternEdit, ScoreEdit, VectorEdit
 from qklens.models.subject import Subject
 
 
@@ -89,7 +89,9 @@ def any_of(groups: Sequence[Sequence[Edit]], changed: Sequence[bool]) -> list[bo
 
 
 def _first_column(edit: Edit, batch: Batch) -> int:
-    """The first column that an edit touches; patches and score shifts act at the last one."""
+    """The first column that an edit touches; most patches and score shifts act at the last one."""
+    if isinstance(edit, PatternEdit) and edit.first is not None:
+        return edit.first
     if isinstance(edit, VectorEdit | ScoreEdit) and edit.mask is not None:
         return int(edit.mask.any(dim=0).nonzero()[0])
     return batch.width - 1

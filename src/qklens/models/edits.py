@@ -75,10 +75,14 @@ class ScoreEdit:
 
 @dataclass(frozen=True, eq=False)
 class PatternEdit:
-    """Replace a layer's pattern: `batch head q_pos k_pos` -> the same shape; the second argument is `start`."""
+    """Replace a layer's pattern: `batch head q_pos k_pos` -> the same shape; the second argument is `start`.
+
+    `first` is the first column whose row it replaces, where that is not the last one alone.
+    """
 
     layer: int
     replace: Callable[[Tensor, int], Tensor]
+    first: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

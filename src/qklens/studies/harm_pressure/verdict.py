@@ -139,9 +139,9 @@ def _belief_checks(m: Measurements, c: Causes) -> list[_Check]:
 def _belief_change(m: Measurements) -> Verdict | None:
     if m.causes is None or not _hold(checks := _belief_checks(m, m.causes)):
         return None
+    how = "turns round" if m.causes.separation_kept < 0 else "shrinks"
     rule = (
-        "the options' correct-answer direction shrinks under harm, and giving it back or taking it away moves the "
-        "margin"
+        f"the options' correct-answer direction {how} under harm, and giving it back or taking it away moves the margin"
     )
     auc = _Check("AUC of that direction under harm", m.causes.auc_harm, "below", m.causes.auc_none)
     return _verdict("belief_change", _slack(checks), rule, [*checks, auc])
@@ -244,9 +244,15 @@ def _late_checks(c: Causes) -> list[_Check]:
         _Check("share of the loss through the heads' patterns", c.pattern.through, "below", t["carries_not"]),
         _Check("share through their whole outputs", c.output.through, "below", t["carries_not"]),
         _Check("share of the loss through the options' belief", c.belief.through, "below", t["carries_not"]),
+        _between_check(c),
         _Check("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
         _Check("attention difference kept under harm", c.attention_kept, "at least", t["attention_kept"]),
     ]
+
+
+def _between_check(c: Causes) -> _Check:
+    name = "share through all heads' attention on the options at tokens between these and the answer"
+    return _Check(name, c.between.through, "below", THRESHOLDS["carries_not"])
 
 
 def _late_flip(m: Measurements) -> Verdict | None:
@@ -268,6 +274,7 @@ def _undetermined(m: Measurements) -> Verdict:
         *(_pull_checks(m, c, m.heads) if m.heads is not None else []),
         _Check("share through everything but their outputs", 1 - c.output.through, "at least", t["carries"]),
         *_belief_checks(m, c),
+        _between_check(c),
         _Check("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
         _Check("attention difference kept under harm", c.attention_kept, "at least", t["attention_kept"]),
     ]
@@ -276,6 +283,8 @@ def _undetermined(m: Measurements) -> Verdict:
             f"two mechanisms share the loss: the heads' patterns carry {c.pattern.through:.2f} of it, the rest "
             f"{1 - c.pattern.through:.2f}"
         )
+    elif not _between_check(c).holds:
+        rule = "heads at tokens before the answer are pulled off the options, and not those selected at the answer"
     return _verdict("undetermined", -max(_slack(checks) for checks in attempts), rule, shown)
 
 
