@@ -218,5 +218,5 @@ def test_a_choice_made_before_the_answer_is_no_late_flip(tmp_path: Path, monkeyp
     results = studied(chosen_before_the_answer(), tmp_path / "foil", monkeypatch, "<|end|>")
     assert results.verdict.mechanism == "undetermined"
     assert "heads at tokens before the answer are pulled off the options" in results.verdict.rule
-    between = next(e for e in results.verdict.evidence if "tokens between these and the answer" in e.name)
+    between = next(e for e in results.verdict.evidence if "before the answer" in e.name)
     assert between.value > 0.9

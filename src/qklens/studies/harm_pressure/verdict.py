@@ -251,7 +251,8 @@ def _late_checks(c: Causes) -> list[_Check]:
 
 
 def _between_check(c: Causes) -> _Check:
-    name = "share through all heads' attention on the options at tokens between these and the answer"
+    """Any head's attention on the options, at tokens between these and the answer."""
+    name = "share through looks at the options before the answer"
     return _Check(name, c.between.through, "below", THRESHOLDS["carries_not"])
 
 
