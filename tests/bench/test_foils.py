@@ -133,7 +133,7 @@ def belief_shrinks_and_a_late_letter_is_said() -> Blueprint:
 
 
 def chosen_before_the_answer() -> Blueprint:
-    """Heads select at the template's `<|end|>`, which alone has `nothing`, and are pulled off there.
+    """Heads select at the token that has `nothing`, in the template or at an option's end, and are pulled off there.
 
     A relay reads the letter at the answer, where a weak head looks at the right option whatever is said.
     """
@@ -213,10 +213,13 @@ def test_it_is_no_attention_verdict(
     assert results.verdict.mechanism in ("undetermined", "late_flip")
 
 
-def test_a_choice_made_before_the_answer_is_no_late_flip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", ["<|end|>", "\n"], ids=["the template", "the options' line breaks"])
+def test_a_choice_made_before_the_answer_is_no_late_flip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
     """Once `late_flip` with 0.99 on a trained model: all that looks at the options from the answer looks on."""
-    results = studied(chosen_before_the_answer(), tmp_path / "foil", monkeypatch, "<|end|>")
+    results = studied(chosen_before_the_answer(), tmp_path / "foil", monkeypatch, at)
     assert results.verdict.mechanism == "undetermined"
-    assert "heads at tokens before the answer are pulled off the options" in results.verdict.rule
-    between = next(e for e in results.verdict.evidence if "before the answer" in e.name)
-    assert between.value > 0.9
+    assert "attention on the options at tokens before the answer carries the loss" in results.verdict.rule
+    before = next(e for e in results.verdict.evidence if "before the answer" in e.name)
+    assert before.value > 0.9

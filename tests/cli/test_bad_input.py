@@ -38,6 +38,7 @@ STUDY = ("study", "harm-pressure")
         (("--dictionary", "/gone/dictionary"), "--dictionary /gone/dictionary: no such directory"),
         (("--checkpoint", "organism:base"), "--checkpoint needs --base-model"),
         (("--base-model", "/gone/base"), "/gone/base: no such model directory"),
+        (("--base-model", "organism"), "checkpoint organism: has 4 layers"),
         (("--dtype", "floot32"), "did you mean 'float32'"),
         (("--device", "toaster"), "--device 'toaster' cannot be used here"),
         (("--device", "meta"), "--device 'meta' cannot be used here"),

@@ -60,4 +60,4 @@ def test_every_checkpoint_is_read_with_its_own_weights(lab: Lab, tiny_llama) -> 
 def test_a_checkpoint_of_another_shape_is_refused(lab: Lab, tiny_llama) -> None:
     wide = tiny_llama(hidden_size=48)
     with pytest.raises(QklensError, match="checkpoint wide: has 3 layers, 4 heads and width 48, the model has 3, 4"):
-        origin.run(lab, HEADS, ROLES, [("wide", lambda: wide)])
+        origin.check(lab, [("wide", lambda: wide)])

@@ -1,8 +1,4 @@
-"""Give every head a block of another prompt's pattern: what some tokens look at some other tokens with.
-
-In a changed row, the rest is scaled so that its sum stays: what is no longer looked at there goes to all other keys in
-proportion, and the other way round.
-"""
+"""Give every head a block of another prompt's pattern: what some tokens look at some other tokens with."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -58,19 +55,35 @@ class BlockPatch:
         return [PatternEdit(layer, _writer(layer, blocks), first) for layer in range(subject.n_layers)]
 
 
+def with_block(
+    rows: Float[Tensor, "head query key"], keys: Sequence[int], values: Float[Tensor, "head query its_key"]
+) -> Float[Tensor, "head query key"]:
+    """Rows of a pattern that look at some keys with given values, each with the sum that it had.
+
+        new[k] = values[k]                               k in keys
+                 row[k] / Σ_rest row · (Σ row − Σ values)    any other k
+
+    so what is no longer looked at there goes to all other keys in proportion, and the other way round. Values of more
+    than the row's sum (beside an attention sink) are scaled down to it; where all other keys are at zero, and cannot
+    take anything, values are scaled up to it, and a row that would look at nothing stays as it is.
+    """
+    new = rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+    values, whole = values.to(new), new.sum(dim=-1, keepdim=True)
+    new[..., keys] = 0.0  # the rest is summed without them: a difference of sums would lose a small one
+    rest, given = new.sum(dim=-1, keepdim=True), values.sum(dim=-1, keepdim=True)
+    fits = (given <= whole) & (rest > 0)
+    new = torch.where(fits, new / rest * (whole - given), 0.0)
+    new[..., keys] = torch.where(fits | (given == 0), values, values / given * whole)
+    return torch.where((rest > 0) | (given > 0), new.to(rows), rows)
+
+
 def _writer(layer: int, blocks: Sequence[tuple[int, int, Block]]) -> Callable[[Tensor, int], Tensor]:
     def write(pattern: Tensor, start: int) -> Tensor:
         new = pattern.clone()
         for row, padding, block in blocks:
             queries = [padding + q - start for q in block.queries]
             keys = [padding + k for k in block.keys]
-            rows = new[row][:, queries]
-            whole, values = rows.sum(dim=-1), block.values[layer].to(rows)
-            rest = whole - rows[..., keys].sum(dim=-1)
-            scale = (whole - values.sum(dim=-1)).clamp(min=0.0) / rest.clamp(min=1e-12)
-            rows = rows * scale[..., None]
-            rows[..., keys] = values
-            new[row][:, queries] = rows
+            new[row][:, queries] = with_block(pattern[row][:, queries], keys, block.values[layer])
         return new
 
     return write

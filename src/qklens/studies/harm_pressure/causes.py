@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qklens.analyses.between import share_between
+from qklens.analyses.before_answer import share_before_answer
 from qklens.analyses.contrasts import contrast
 from qklens.analyses.factorial import Term, TermRows, option_pulls, removal, shapley_values, term_rows
 from qklens.analyses.heads import restored_share
@@ -55,7 +55,7 @@ class Causes(Strict):
     Attributes:
         pattern: the selected heads' patterns.
         output: their whole outputs.
-        between: attention on the options, by all heads, at the tokens between these and the answer.
+        before_answer: all heads' attention on the options before the answer, from the first option's own tokens on.
         belief: the options' amount of the correct-answer direction, at the layers that the heads read.
         separation_kept: how far that direction sets the options apart under harm, over the same without it.
         auc_none: how well it tells the options apart without pressure.
@@ -76,7 +76,7 @@ class Causes(Strict):
 
     pattern: CauseShare
     output: CauseShare
-    between: CauseShare
+    before_answer: CauseShare
     belief: CauseShare
     separation_kept: float
     auc_none: float
@@ -116,7 +116,7 @@ def measure_causes(lab: Lab, heads: Sequence[Head]) -> Causes:
     return Causes(
         pattern=_share(runs.share(*pattern_patches(runs, clean, harmed, heads))),
         output=_share(runs.share(*output_patches(*readings, heads))),
-        between=_share(share_between(runs)),
+        before_answer=_share(share_before_answer(runs)),
         belief=_share(
             runs.share(
                 component_patch(directions, runs.harm.prompts, runs.clean.prompts, streams[0]),

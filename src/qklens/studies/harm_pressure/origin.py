@@ -36,11 +36,29 @@ OPTIONS = ("correct", "incorrect")
 Array = NDArray[np.float64]
 
 
+Checkpoints = Sequence[tuple[str, Callable[[], Subject]]]
+
+
+def check(lab: Lab, checkpoints: Checkpoints) -> None:
+    """Load each checkpoint once, before anything is measured: a study should not end at its last stage but one.
+
+    Raises:
+        QklensError: a checkpoint that does not load, is of another shape than the model, or cannot read the items.
+    """
+    for name, load in checkpoints:
+        _read_items(_lab_for(lab, load(), name))
+
+
+def _read_items(lab: Lab) -> None:
+    for condition in CONDITIONS:
+        lab.prompts(condition, "report")
+
+
 def run(
     lab: Lab,
     heads: Sequence[Head],
     roles: dict[Role, str],
-    checkpoints: Sequence[tuple[str, Callable[[], Subject]]],
+    checkpoints: Checkpoints,
 ) -> StageOutput:
     """Measure each checkpoint in the order of training; the last one is the study's own model.
 
@@ -53,6 +71,7 @@ def run(
     for step, (name, load) in enumerate(checkpoints):
         subject = load()
         here = lab if subject is lab.subject else _lab_for(lab, subject, name)
+        here.source = lab.source
         rows.append(_row(here, heads, refuse, harm, name, step))
     return StageOutput(
         results={
@@ -69,9 +88,7 @@ def _lab_for(lab: Lab, subject: Subject, name: str) -> Lab:
             f"checkpoint {name}: has {shapes[0][0]} layers, {shapes[0][1]} heads and width {shapes[0][2]}, the model "
             f"has {shapes[1][0]}, {shapes[1][1]} and {shapes[1][2]}; expected a checkpoint of the same training"
         )
-    other = Lab(subject, lab.dataset, lab.form, lab.seed)
-    other.source = lab.source
-    return other
+    return Lab(subject, lab.dataset, lab.form, lab.seed)
 
 
 def _row(lab: Lab, heads: Sequence[Head], refuse: int, harm: int, name: str, step: int) -> Origin:

@@ -6,8 +6,8 @@ import platform
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from qklens.analyses.contrasts import ROLES
@@ -113,12 +113,13 @@ def _origin(run: _Run) -> StageOutput:
     if not run.resources.checkpoints:
         return StageOutput(skipped="no base model was given; add --base-model")
 
-    def loader(path: Path) -> Callable[[], Subject]:
-        return lambda: load_subject(path, device=run.config.device, dtype=run.config.dtype)
-
-    checkpoints = [(name, loader(path)) for name, path in run.resources.checkpoints]
-    checkpoints.append((run.lab.subject.name, lambda: run.lab.subject))
+    checkpoints = [*_checkpoints(run.config, run.resources), (run.lab.subject.name, lambda: run.lab.subject)]
     return origin.run(run.lab, run.pair_heads, run.roles, checkpoints)
+
+
+def _checkpoints(config: StudyConfig, resources: Resources) -> list[tuple[str, Callable[[], Subject]]]:
+    load = partial(load_subject, device=config.device, dtype=config.dtype)
+    return [(name, partial(load, path)) for name, path in resources.checkpoints]
 
 
 STAGES: tuple[Stage, ...] = (
@@ -169,6 +170,7 @@ def run_study(
     subject = lab.subject
     source, fidelity = load_source(lab, resources.source.folder, losses="fidelity" not in leave_out)
     known_roles(source or Directions(tuple(ROLES), {}, {}), config.roles)
+    origin.check(lab, _checkpoints(config, resources))
     files = {name: inspect_model(path).files for name, path in resources.checkpoints}
     hashes = {name: sha256_files(list(paths)) for name, paths in files.items()}
     hashes[subject.name] = sha256_files(list(inspect_model(resources.model).files))

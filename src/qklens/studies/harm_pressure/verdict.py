@@ -10,8 +10,9 @@ at least two thirds of the margin that harm costs, twice as much as all the rest
     attention_*           the loss runs through the selected heads' patterns, and not through the belief; what harm adds
                           to their queries does it, by repelling the correct option more than the other in either order,
                           through its ordinary keys, or through what harm wrote into them
-    late_flip             the loss runs through neither the heads' outputs nor the belief, and what is written after the
-                          heads restores it, while they still look at the correct option
+    late_flip             the loss runs through neither the heads' outputs, nor the belief, nor any head's attention on
+                          the options before the answer, and what is written after the heads restores it, while they
+                          still look at the correct option
     undetermined          anything else: two mechanisms share the loss, or the checks conflict
 
 A verdict's distance is the least slack of the checks that made it: how far each value is on its side of its threshold,
@@ -244,16 +245,16 @@ def _late_checks(c: Causes) -> list[_Check]:
         _Check("share of the loss through the heads' patterns", c.pattern.through, "below", t["carries_not"]),
         _Check("share through their whole outputs", c.output.through, "below", t["carries_not"]),
         _Check("share of the loss through the options' belief", c.belief.through, "below", t["carries_not"]),
-        _between_check(c),
+        _before_answer_check(c),
         _Check("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
         _Check("attention difference kept under harm", c.attention_kept, "at least", t["attention_kept"]),
     ]
 
 
-def _between_check(c: Causes) -> _Check:
-    """Any head's attention on the options, at tokens between these and the answer."""
+def _before_answer_check(c: Causes) -> _Check:
+    """Any head's attention on the options, from their own tokens to the last before the answer."""
     name = "share through looks at the options before the answer"
-    return _Check(name, c.between.through, "below", THRESHOLDS["carries_not"])
+    return _Check(name, c.before_answer.through, "below", THRESHOLDS["carries_not"])
 
 
 def _late_flip(m: Measurements) -> Verdict | None:
@@ -275,7 +276,7 @@ def _undetermined(m: Measurements) -> Verdict:
         *(_pull_checks(m, c, m.heads) if m.heads is not None else []),
         _Check("share through everything but their outputs", 1 - c.output.through, "at least", t["carries"]),
         *_belief_checks(m, c),
-        _between_check(c),
+        _before_answer_check(c),
         _Check("margin restored by what is written after them", c.late_restored, "at least", t["carries"]),
         _Check("attention difference kept under harm", c.attention_kept, "at least", t["attention_kept"]),
     ]
@@ -284,8 +285,8 @@ def _undetermined(m: Measurements) -> Verdict:
             f"two mechanisms share the loss: the heads' patterns carry {c.pattern.through:.2f} of it, the rest "
             f"{1 - c.pattern.through:.2f}"
         )
-    elif not _between_check(c).holds:
-        rule = "heads at tokens before the answer are pulled off the options, and not those selected at the answer"
+    elif c.pattern.through < t["carries_not"] and not _before_answer_check(c).holds:
+        rule = "attention on the options at tokens before the answer carries the loss, and at the answer it does not"
     return _verdict("undetermined", -max(_slack(checks) for checks in attempts), rule, shown)
 
 

@@ -1,8 +1,9 @@
-"""Is the option chosen before the answer? Heads at the tokens in between may look at the options for it.
+"""Is the option chosen before the answer? Heads at earlier tokens may look at the options for it.
 
-A head at a token of the chat template can select an option, and one at the answer then reads it there. Under harm it
-may be those that look away, while all that looks at the options from the answer itself stays as it was. So what all
-heads at the tokens after the options and before the answer look at the options with is given back and taken away, too.
+A head at a token of the chat template, or at the line break that ends an option, can select one, and a head at the
+answer then reads it there. Under harm it may be those that look away, while all that looks at the options from the
+answer itself stays as it was. So what all heads look at the options with before the answer, from the first option's own
+tokens on, is given back and taken away, too.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from qklens.models.batch import Batch
 from qklens.models.passes import Reads
 
 
-def share_between(runs: Runs) -> Share:
-    """The share of the lost margin through attention on the options from tokens after them and before the answer.
+def share_before_answer(runs: Runs) -> Share:
+    """The share of the lost margin through attention on the options before the answer, from their own tokens on.
 
     See `mediation` for what a share is; the part is this block of every head's pattern, in all layers.
     """
@@ -33,7 +34,7 @@ def share_between(runs: Runs) -> Share:
 
 
 def option_blocks(donors: Workset, receivers: Sequence[Prompt]) -> list[Block]:
-    """What donors look at the options with between these and the answer, at the receivers' own tokens.
+    """What donors look at the options with before the answer, at the receivers' own tokens.
 
     Args:
         donors: the same items and orders under another condition.
@@ -63,8 +64,8 @@ _Pairs = list[tuple[int, int]]
 
 
 def _places(receiver: Prompt, donor: Prompt) -> tuple[_Pairs, _Pairs]:
-    """(receiver, donor) positions of the tokens between options and answer, and of the options' own."""
+    """(receiver, donor) positions of the tokens from the first option to the answer, and of the options' own."""
     options = {p for name in OPTIONS for p in receiver.span(name)}
-    between = range(max(options) + 1, receiver.spans["answer"][0])
+    before = range(min(options), receiver.spans["answer"][0])
     pairs = [(mine, its) for mine, its in shared_tokens(receiver, donor).tolist()]
-    return [p for p in pairs if p[0] in between], [p for p in pairs if p[0] in options]
+    return [p for p in pairs if p[0] in before], [p for p in pairs if p[0] in options]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qklens.analyses.between import option_blocks
+from qklens.analyses.before_answer import option_blocks
 from qklens.analyses.mediation import OPTIONS
 from qklens.data.render import ORDERS, LetterForm, render
 from qklens.interventions.blocks import Block, BlockPatch
@@ -48,7 +48,7 @@ def test_the_block_is_the_donor_s_and_each_row_keeps_its_sum_and_the_rest_its_pr
         options = sorted(p for name in OPTIONS for p in prompt.span(name))
         answer, block = prompt.spans["answer"][0], blocks[i]
         assert list(block.keys) == options
-        assert list(block.queries) == list(range(max(options) + 1, answer)), "the tokens in between, all shared"
+        assert list(block.queries) == list(range(min(options), answer)), "from the first option on, all shared"
         shift = len(donor.tokens) - len(prompt.tokens)
         queries, keys = list(block.queries), list(block.keys)
         its = donors[i][:, :, [q + shift for q in queries]][..., [k + shift for k in keys]]
