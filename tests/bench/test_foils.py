@@ -220,6 +220,6 @@ def test_a_choice_made_before_the_answer_is_no_late_flip(
     """Once `late_flip` with 0.99 on a trained model: all that looks at the options from the answer looks on."""
     results = studied(chosen_before_the_answer(), tmp_path / "foil", monkeypatch, at)
     assert results.verdict.mechanism == "undetermined"
-    assert "attention on the options at tokens before the answer carries the loss" in results.verdict.rule
+    assert "attention on the options at tokens before the answer carries" in results.verdict.rule
     before = next(e for e in results.verdict.evidence if "before the answer" in e.name)
     assert before.value > 0.9

@@ -154,6 +154,15 @@ def test_a_loss_that_is_not_written_after_the_heads_is_no_late_flip():
     assert decide(causes(LATE, late_restored=0.3)).mechanism == "undetermined"
 
 
+def test_a_look_before_the_answer_is_named_only_where_the_heads_patterns_carry_little():
+    looks = causes(LATE, before_answer=share(0.4))
+    rule = "before the answer carries 0.40 of the loss, the selected heads' patterns at the answer 0.05"
+    assert rule in decide(looks).rule
+    pulled = decide(causes(belief=share(0.5), separation_kept=0.9, before_answer=share(0.4)))
+    assert pulled.mechanism == "undetermined"
+    assert "before the answer" not in pulled.rule
+
+
 def test_neither_kind_of_key_means_undetermined():
     verdict = decide(removed(answer_key=0.05, harm_key=0.1, elsewhere=0.9))
     assert verdict.mechanism == "undetermined"

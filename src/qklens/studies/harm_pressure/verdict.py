@@ -286,7 +286,10 @@ def _undetermined(m: Measurements) -> Verdict:
             f"{1 - c.pattern.through:.2f}"
         )
     elif c.pattern.through < t["carries_not"] and not _before_answer_check(c).holds:
-        rule = "attention on the options at tokens before the answer carries the loss, and at the answer it does not"
+        rule = (
+            f"attention on the options at tokens before the answer carries {c.before_answer.through:.2f} of the loss, "
+            f"the selected heads' patterns at the answer {c.pattern.through:.2f}"
+        )
     return _verdict("undetermined", -max(_slack(checks) for checks in attempts), rule, shown)
 
 
